@@ -1,0 +1,300 @@
+"""Execs: what runs or ran, the bounded log of each, its deadline and its end.
+
+The log is the record stream itself, so a follower is an offset into it: a daemon that lost its connection,
+or was restarted, asks for the same exec from where it stopped and nothing is lost or doubled.
+"""
+
+from __future__ import annotations
+
+import collections
+import errno
+import json
+import os
+import signal
+import time
+from typing import Any, Callable, Deque, Dict, Iterable, List, Optional, Protocol
+
+from e80_agent import protocol
+from e80_agent.loop import Loop, Timer
+from e80_agent.spool import Spool
+from e80_agent.sweep import Sweep
+from e80_agent.tenant import TAG_BASE, Tenant
+
+MAX_RUNNING = 64
+KEPT_FINISHED = 64
+KEPT_BYTES = 32 * 1024 * 1024
+_READ_SIZE = 65536
+_MAX_ERROR = 256 * 1024
+
+
+class Follower(Protocol):
+    def log_grew(self) -> None: ...
+
+
+class Exec:
+    """One run. `log` only grows, up to `output_limit` of payload; `finished` is set with its last record."""
+
+    def __init__(self, header: Dict[str, Any], tag: int) -> None:
+        self.id: str = header["id"]
+        self.tag = tag
+        self.timeout_s: Optional[float] = header.get("timeout_s")
+        self.output_limit: int = header["output_limit"]
+        self.spool_limit: int = header.get("spool_limit", 0)
+        self.log = bytearray()
+        self.followers: List[Follower] = []
+        self.finished = False
+        self.pid: Optional[int] = None
+        self.reason = "exit"
+        self.truncated = False
+        self.started = time.monotonic()
+        self.main_exited = False
+        self.status = 0
+        self.cpu_ms = 0.0
+        self.max_rss_kb = 0
+        self.oom_kills_before = oom_kills()
+        self.outputs: Dict[int, int] = {}  # our end of a pipe -> record kind
+        self.error = bytearray()
+        self.stdin_fd: Optional[int] = None
+        self.stdin = memoryview(b"")
+        self.deadline: Optional[Timer] = None
+        self.spool: Optional[Spool] = None
+        self.ending = False
+        self.swept = False
+
+    def append(self, kind: int, payload: bytes) -> None:
+        self.log += protocol.pack_record(kind, payload)
+        for follower in list(self.followers):
+            follower.log_grew()
+
+
+class Execs:
+    """The execs of this sandbox."""
+
+    def __init__(self, loop: Loop, tenant: Tenant, own_pids: Callable[[], Iterable[int]]) -> None:
+        self._loop = loop
+        self._tenant = tenant
+        self._own_pids = own_pids
+        self._by_id: Dict[str, Exec] = {}
+        self._finished: Deque[Exec] = collections.deque()
+        self._tags = 0
+
+    def get(self, exec_id: str) -> Optional[Exec]:
+        return self._by_id.get(exec_id)
+
+    def all(self) -> List[Exec]:
+        return list(self._by_id.values())
+
+    def running(self) -> int:
+        return len(self._by_id) - len(self._finished)
+
+    def create(self, header: Dict[str, Any], stdin: bytes) -> Exec:
+        self._tags = (self._tags + 1) % 0x20000000
+        run = Exec(header, TAG_BASE + self._tags)
+        run.stdin = memoryview(stdin)
+        self._by_id[run.id] = run
+        if run.timeout_s is not None:
+            run.deadline = self._loop.call_later(run.timeout_s, lambda: self.kill(run, "timeout"))
+        return run
+
+    def forget(self, run: Exec) -> None:
+        """For an exec that could not be started: as if it had never been."""
+        self._by_id.pop(run.id, None)
+        if run.deadline is not None:
+            run.deadline.cancel()
+        self._close_pipes(run)
+
+    def open_pipes(self, run: Exec, with_error: bool) -> List[int]:
+        """Pipes for stdin, stdout, stderr (and the error channel); returns the child's ends, ours to close."""
+        theirs: List[int] = []
+        if run.stdin.nbytes:
+            reader, run.stdin_fd = os.pipe()
+            os.set_blocking(run.stdin_fd, False)
+            theirs.append(reader)
+        else:
+            theirs.append(os.open("/dev/null", os.O_RDONLY))
+        kinds = [protocol.RECORD_STDOUT, protocol.RECORD_STDERR]
+        for kind in kinds + ([protocol.RECORD_ERROR] if with_error else []):
+            reader, writer = os.pipe()
+            os.set_blocking(reader, False)
+            run.outputs[reader] = kind
+            theirs.append(writer)
+        return theirs
+
+    def started(self, run: Exec, pid: int) -> None:
+        """The process exists: from here on it is read and fed and, at the end, swept."""
+        run.pid = pid
+        for fd in run.outputs:
+            self._loop.set_reader(fd, self._reader(run, fd))
+        if run.stdin_fd is not None:
+            self._loop.set_writer(run.stdin_fd, lambda: self._feed(run))
+
+    def exited(self, run: Exec, status: int, cpu_ms: float, max_rss_kb: int) -> None:
+        """The main process has ended: whatever it left behind ends with it."""
+        run.main_exited = True
+        run.status, run.cpu_ms, run.max_rss_kb = status, cpu_ms, max_rss_kb
+        self._end(run)
+
+    def kill(self, run: Exec, reason: str) -> None:
+        """Ends the exec and all it started. Does nothing when it is already ending."""
+        if run.finished or run.ending:
+            return
+        run.reason = reason
+        if run.pid is None:
+            run.main_exited = True
+            run.status = signal.SIGKILL
+        elif not run.main_exited:
+            _kill(run.pid, signal.SIGKILL)
+        self._end(run)
+
+    def signal(self, run: Exec, number: int) -> None:
+        """Sends a signal to the exec's process group; SIGKILL ends everything it started."""
+        if number == signal.SIGKILL:
+            self.kill(run, "killed")
+        elif run.pid is not None and not run.main_exited:
+            try:
+                os.killpg(run.pid, number)
+            except ProcessLookupError:
+                _kill(run.pid, number)
+
+    def _end(self, run: Exec) -> None:
+        if run.ending:
+            if run.main_exited:
+                self._finish_when_swept(run)
+            return
+        run.ending = True
+        if run.deadline is not None:
+            run.deadline.cancel()
+
+        def swept() -> None:
+            run.swept = True
+            self._finish_when_swept(run)
+
+        Sweep(self._loop, run.tag, self._own_pids, swept).run()
+
+    def _finish_when_swept(self, run: Exec) -> None:
+        if run.finished or not run.main_exited or not run.swept:
+            return
+        # Every writer is gone, so what is in the pipes now is all there will be. A descriptor that was
+        # handed to another exec can keep a pipe open: reading stops at "would block" all the same.
+        for fd in list(run.outputs):
+            while self._read(run, fd):
+                continue
+        self._close_pipes(run)
+        if run.error:
+            run.append(protocol.RECORD_ERROR, bytes(run.error))
+        run.finished = True
+        run.append(protocol.RECORD_END, json.dumps(self._outcome(run)).encode())
+        run.followers.clear()
+        self._finished.append(run)
+        self._evict()
+
+    def _outcome(self, run: Exec) -> Dict[str, Any]:
+        number = os.WTERMSIG(run.status) if os.WIFSIGNALED(run.status) else None
+        code = os.WEXITSTATUS(run.status) if os.WIFEXITED(run.status) else None
+        if run.reason == "exit" and (number == signal.SIGKILL or code == 128 + signal.SIGKILL):
+            if oom_kills() > run.oom_kills_before:
+                run.reason = "oom"
+        return {
+            "exit_code": code,
+            "signal": number,
+            "reason": run.reason,
+            "truncated": run.truncated,
+            "spool": run.spool.directory if run.spool is not None else None,
+            "duration_ms": round((time.monotonic() - run.started) * 1000, 3),
+            "cpu_ms": round(run.cpu_ms, 3),
+            "max_rss_kb": run.max_rss_kb,
+        }
+
+    def _reader(self, run: Exec, fd: int) -> Callable[[], None]:
+        def readable() -> None:
+            self._read(run, fd)
+
+        return readable
+
+    def _read(self, run: Exec, fd: int) -> bool:
+        """Moves one read's worth from a pipe into the log; False at its end or when it is empty."""
+        try:
+            data = os.read(fd, _READ_SIZE)
+        except BlockingIOError:
+            return False
+        if not data:
+            self._loop.forget(fd)
+            os.close(fd)
+            del run.outputs[fd]
+            return False
+        kind = run.outputs[fd]
+        if kind == protocol.RECORD_ERROR:
+            run.error += data[: _MAX_ERROR - len(run.error)]
+        else:
+            self._log(run, kind, data)
+        return True
+
+    def _log(self, run: Exec, kind: int, data: bytes) -> None:
+        room = run.output_limit - len(run.log)
+        if room > 0 and not run.truncated:
+            run.append(kind, data[:room])
+        if len(data) <= room and not run.truncated:
+            return
+        if not run.truncated:
+            run.truncated = True
+            if run.spool_limit:
+                run.spool = Spool.open(run.id, self._tenant, run.spool_limit)
+                if run.spool is not None:
+                    run.spool.replay(run.log)
+            data = data[max(0, room) :]
+        if run.spool is not None:
+            run.spool.write(kind, data)
+
+    def _feed(self, run: Exec) -> None:
+        assert run.stdin_fd is not None
+        try:
+            written = os.write(run.stdin_fd, run.stdin[:_READ_SIZE])
+            run.stdin = run.stdin[written:]
+        except BlockingIOError:
+            return
+        except OSError as error:
+            if error.errno != errno.EPIPE:
+                raise
+            run.stdin = memoryview(b"")
+        if not run.stdin.nbytes:
+            self._loop.forget(run.stdin_fd)
+            os.close(run.stdin_fd)
+            run.stdin_fd = None
+
+    def _close_pipes(self, run: Exec) -> None:
+        for fd in list(run.outputs) + ([] if run.stdin_fd is None else [run.stdin_fd]):
+            self._loop.forget(fd)
+            os.close(fd)
+        run.outputs.clear()
+        run.stdin_fd = None
+        if run.spool is not None:
+            run.spool.close()
+
+    def _evict(self) -> None:
+        """Finished logs are kept for a daemon that may come back for them, within a bound."""
+        kept = sum(len(run.log) for run in self._finished)
+        while len(self._finished) > 1 and (len(self._finished) > KEPT_FINISHED or kept > KEPT_BYTES):
+            oldest = self._finished.popleft()
+            kept -= len(oldest.log)
+            del self._by_id[oldest.id]
+
+
+def oom_kills() -> int:
+    """How often the kernel's out-of-memory killer has struck in this container; 0 where it does not tell."""
+    for path in ("/sys/fs/cgroup/memory/memory.oom_control", "/sys/fs/cgroup/memory.events"):
+        try:
+            with open(path) as file:
+                for line in file:
+                    name, _, count = line.partition(" ")
+                    if name == "oom_kill":
+                        return int(count)
+        except OSError:
+            continue
+    return 0
+
+
+def _kill(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return

@@ -1,0 +1,106 @@
+"""A parent interpreter: a process apart from the agent that forks the children which run tenant code.
+
+It holds no key and no connection to the daemon, imports nothing that a tenant can write, and never runs
+tenant code. One child is always forked ahead; it becomes the tenant only when its request arrives.
+Run as `python -c` by interpreters.py with the control socket on descriptor 3.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+from typing import List
+
+from e80_agent import runner
+from e80_agent.fork import send_fds
+
+CONTROL_FD = 3
+
+# parent -> agent: kind, pid, wait status, CPU time in ms, growth of memory in KiB over the parent's own
+REPORT = struct.Struct(">cIidI")
+READY = b"R"
+SPARE = b"S"
+EXITED = b"X"
+# agent -> parent
+FORK = b"F"
+
+
+def main(preload: List[str]) -> None:
+    """Serves forks until the agent goes away."""
+    control = socket.socket(fileno=CONTROL_FD)
+    _preload(preload)
+    threads = len(os.listdir("/proc/self/task"))
+    if threads != 1:
+        # A fork copies only the calling thread; locks that the others hold would stay locked for ever.
+        raise SystemExit("interpreter: %d threads after the imports, cannot fork safely" % threads)
+    wake_r, wake_w = os.pipe()
+    os.set_blocking(wake_r, False)
+    os.set_blocking(wake_w, False)
+    signal.set_wakeup_fd(wake_w, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    own_kb = _resident_kb()
+    control.sendall(REPORT.pack(READY, os.getpid(), 0, 0.0, own_kb))
+    while True:
+        readable, _, _ = select.select([control.fileno(), wake_r], [], [])
+        if wake_r in readable:
+            _report_exits(control, wake_r, own_kb)
+        if control.fileno() in readable:
+            if control.recv(1) != FORK:
+                return
+            _fork_ahead(control, [wake_r, wake_w])
+
+
+def _fork_ahead(control: socket.socket, wake: List[int]) -> None:
+    ours, theirs = socket.socketpair()
+    pid = os.fork()
+    if pid == 0:
+        control.close()
+        ours.close()
+        for fd in wake:
+            os.close(fd)
+        runner.child(theirs)
+        os._exit(1)
+    theirs.close()
+    with ours:
+        send_fds(control, REPORT.pack(SPARE, pid, 0, 0.0, 0), [ours.fileno()])
+
+
+def _report_exits(control: socket.socket, wake_r: int, own_kb: int) -> None:
+    try:
+        while os.read(wake_r, 512):
+            continue
+    except BlockingIOError:
+        pass
+    while True:
+        try:
+            pid, status, usage = os.wait4(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+        cpu_ms = (usage.ru_utime + usage.ru_stime) * 1000
+        control.sendall(REPORT.pack(EXITED, pid, status, cpu_ms, max(0, usage.ru_maxrss - own_kb)))
+
+
+def _preload(names: List[str]) -> None:
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            # The image does not have it: then nobody can import it, and there is nothing to warm.
+            continue
+
+
+def _resident_kb() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

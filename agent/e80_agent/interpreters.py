@@ -1,0 +1,206 @@
+"""The agent's side of the parent interpreters: starting them, their spare children, the exits they report."""
+
+from __future__ import annotations
+
+import collections
+import os
+import signal
+import socket
+import sys
+from typing import Any, Callable, Deque, Dict, Iterator, List, Optional, Tuple
+
+from e80_agent import interpreter, tenant
+from e80_agent.fork import receive_fds
+from e80_agent.loop import Loop
+
+Spare = Tuple[int, socket.socket]
+OnSpare = Callable[[int, socket.socket], None]
+OnExit = Callable[[int, float, int], None]
+
+_RESTART_DELAY_S = 0.2
+_RESTART_MAX_S = 5.0
+
+# Imports are what makes a run slow; these are forked from, heavier ones are imported by the child (a fork
+# copies every page table: with sympy and sklearn in the parent each fork would cost 15 ms instead of 4).
+WARM_MODULES = ["numpy", "pandas", "matplotlib.pyplot"]
+_WARM_WORDS = (b"numpy", b"pandas", b"matplotlib", b"scipy", b"sklearn", b"seaborn")
+
+# OpenBLAS and OpenMP start threads when they are imported; a process with threads must not fork.
+_ONE_THREAD = {
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "NUMEXPR_NUM_THREADS": "1",
+    "MPLBACKEND": "Agg",
+}
+
+# Read when a library is imported, so a fork of a parent that has imported it would ignore them.
+_READ_AT_IMPORT = ("PYTHON", "MPL", "OPENBLAS_", "OMP_", "MKL_", "NUMEXPR_", "LD_", "GLIBC_", "MALLOC_")
+
+
+class Interpreter:
+    """One parent process and its children."""
+
+    def __init__(self, loop: Loop, preload: List[str], env: Dict[str, str]) -> None:
+        self._loop = loop
+        self._preload = preload
+        self._env = env
+        self._sock: Optional[socket.socket] = None
+        self._spares: Deque[Spare] = collections.deque()
+        self._waiting: Deque[OnSpare] = collections.deque()
+        self._on_exit: Dict[int, OnExit] = {}
+        self._forks_asked = 0
+        self._was_ready = False
+        self._restarts = 0
+        self.pid: Optional[int] = None
+        self.ready = False
+
+    def start(self) -> None:
+        if self._sock is not None:
+            return
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        with theirs:
+            self.pid = os.fork()
+            if self.pid == 0:
+                self._exec(theirs)
+        self._sock = ours
+        self._loop.set_reader(ours.fileno(), self._readable)
+        self._loop.on_exit(self.pid, lambda _pid, _status, _usage: self._died())
+
+    def take(self, callback: OnSpare) -> None:
+        """Calls back with a child forked ahead, now or as soon as there is one."""
+        if self._spares:
+            pid, sock = self._spares.popleft()
+            self._ask_for_fork()
+            callback(pid, sock)
+            return
+        self._waiting.append(callback)
+        if self.ready and self._forks_asked < len(self._waiting):
+            self._ask_for_fork()
+
+    def watch(self, pid: int, callback: OnExit) -> None:
+        """`callback(wait status, cpu_ms, memory growth in KiB)` when the child `pid` has ended."""
+        self._on_exit[pid] = callback
+
+    def pids(self) -> Iterator[int]:
+        if self.pid is not None:
+            yield self.pid
+        for pid, _ in self._spares:
+            yield pid
+
+    def _exec(self, control: socket.socket) -> None:
+        # The child of the fork in start(): becomes the parent interpreter or dies.
+        try:
+            tenant.default_signals()
+            null = os.open("/dev/null", os.O_RDWR)
+            tenant.keep_only([null, null, 2, control.fileno()])
+            os.chdir("/")
+            code = "import sys; sys.path[0] = %r; from e80_agent import interpreter; del sys.path[0]; interpreter.main(%r)"
+            here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+            os.execve(sys.executable, [sys.executable, "-B", "-c", code % (here, self._preload)], self._env)
+        finally:
+            os._exit(127)
+
+    def _ask_for_fork(self) -> None:
+        if self._sock is not None:
+            self._forks_asked += 1
+            self._sock.sendall(interpreter.FORK)
+
+    def _readable(self) -> None:
+        assert self._sock is not None
+        try:
+            data, fds = receive_fds(self._sock, interpreter.REPORT.size, 1)
+        except BlockingIOError:
+            return
+        if not data:
+            self._lost()
+            return
+        kind, pid, status, cpu_ms, grown_kb = interpreter.REPORT.unpack(data)
+        if kind == interpreter.READY:
+            self.ready = True
+            self._was_ready = True
+            for _ in range(max(1, len(self._waiting))):
+                self._ask_for_fork()
+        elif kind == interpreter.SPARE:
+            self._forks_asked -= 1
+            self._spare(pid, socket.socket(fileno=fds[0]))
+        elif kind == interpreter.EXITED:
+            self._spares = collections.deque(item for item in self._spares if item[0] != pid)
+            callback = self._on_exit.pop(pid, None)
+            if callback is not None:
+                callback(status, cpu_ms, grown_kb)
+
+    def _spare(self, pid: int, sock: socket.socket) -> None:
+        if not self._waiting:
+            self._spares.append((pid, sock))
+            return
+        self._waiting.popleft()(pid, sock)
+        if not self._waiting and not self._forks_asked:
+            self._ask_for_fork()
+
+    def _lost(self) -> None:
+        assert self._sock is not None
+        self._loop.forget(self._sock.fileno())
+        self._sock.close()
+        self._sock = None
+        self.ready = False
+        self._forks_asked = 0
+
+    def _died(self) -> None:
+        """The parent was killed (out of memory, most likely). Its children are ours now; start another."""
+        if self._sock is not None:
+            self._drain()
+        self.pid = None
+        for pid, sock in self._spares:
+            os.kill(pid, signal.SIGKILL)
+            sock.close()
+        self._spares.clear()
+        for pid, callback in self._on_exit.items():
+            self._loop.on_exit(pid, _adopted(callback))
+        self._on_exit.clear()
+        if not self._was_ready and self._preload:
+            return  # its imports cannot be preloaded here; runs import them themselves
+        self._restarts += 1
+        self._loop.call_later(min(_RESTART_MAX_S, _RESTART_DELAY_S * self._restarts), self.start)
+
+    def _drain(self) -> None:
+        while self._sock is not None:
+            self._readable()
+
+
+class Interpreters:
+    """The bare parent, always there, and the warm one, started when it is worth its memory."""
+
+    def __init__(self, loop: Loop, base_env: Dict[str, str]) -> None:
+        env = {key: value for key, value in base_env.items() if not key.startswith("PYTHON")}
+        # No user site-packages: a .pth file there would be tenant code in a process of root.
+        env["HOME"] = "/nonexistent"
+        self.bare = Interpreter(loop, [], env)
+        self.warm = Interpreter(loop, WARM_MODULES, dict(env, **_ONE_THREAD))
+        self.bare.start()
+
+    def choose(self, code: bytes) -> Interpreter:
+        """The parent to fork `code` from. A plain search for the names: parsing hostile code in PID 1 is
+        not worth the few runs that mention a library without importing it."""
+        if any(word in code for word in _WARM_WORDS):
+            if self.warm.ready:
+                return self.warm
+            self.warm.start()
+        return self.bare
+
+    def pids(self) -> Iterator[int]:
+        yield from self.bare.pids()
+        yield from self.warm.pids()
+
+
+def needs_fresh(env: Dict[str, str]) -> bool:
+    """Whether variables given for one run are such as only a new interpreter would notice."""
+    return any(key.startswith(_READ_AT_IMPORT) for key in env)
+
+
+def _adopted(callback: OnExit) -> Callable[[int, int, Any], None]:
+    def exited(_pid: int, status: int, usage: Any) -> None:
+        callback(status, (usage.ru_utime + usage.ru_stime) * 1000, usage.ru_maxrss)
+
+    return exited

@@ -1,0 +1,116 @@
+"""command: runs a program; also how every exec is admitted and started."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from typing import TYPE_CHECKING, Any, Dict, List, Optional
+
+from e80_agent import tenant
+from e80_agent.execs import MAX_RUNNING, Exec
+
+if TYPE_CHECKING:
+    from e80_agent.link import Connection
+    from e80_agent.main import Agent
+
+_START_ERRORS = {
+    errno.ENOENT: "command_not_found",
+    errno.EACCES: "command_not_executable",
+    errno.ENOEXEC: "command_not_executable",
+}
+
+
+def run_command(agent: Agent, connection: Connection, header: Dict[str, Any], body: bytes) -> None:
+    """Header: id, argv, env, cwd, timeout_s, output_limit, spool_limit, stream. Body: stdin.
+    Answers with the exec's log, or with an error when the program cannot be started."""
+    run = admit(agent, connection, header, body)
+    if run is None:
+        return
+    theirs = agent.execs.open_pipes(run, with_error=False)
+    start(agent, connection, run, header["argv"], agent.tenant.environment(header["env"]), header, theirs)
+
+
+def admit(agent: Agent, connection: Connection, header: Dict[str, Any], stdin: bytes) -> Optional[Exec]:
+    """A new exec under the id the daemon gave it, or None after answering why not."""
+    if agent.execs.get(header["id"]) is not None:
+        connection.fail("exec_exists", "exec %s was started before; attach to it" % header["id"])
+        return None
+    if agent.execs.running() >= MAX_RUNNING:
+        connection.fail("busy", "%d execs are running, the limit" % MAX_RUNNING)
+        return None
+    return agent.execs.create(header, stdin)
+
+
+def start(
+    agent: Agent,
+    connection: Connection,
+    run: Exec,
+    argv: List[str],
+    env: Dict[str, str],
+    header: Dict[str, Any],
+    theirs: List[int],
+) -> None:
+    """Forks and executes `argv` as the tenant with `theirs` as descriptors 0, 1, 2, ..., which it closes.
+
+    The fork waits, at most for the exec of the program, so that a command that cannot be started is an
+    error of the request and not an odd exit code."""
+    failed_r, failed_w = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        _become_program(agent, run, argv, env, header["cwd"], theirs + [failed_w])
+    for fd in [*theirs, failed_w]:
+        os.close(fd)
+    with os.fdopen(failed_r, "rb") as failed:
+        fault = failed.read(256)
+    if fault:
+        agent.execs.forget(run)
+        _answer_fault(connection, fault, argv, header["cwd"])
+        return
+    agent.loop.on_exit(
+        pid,
+        lambda _pid, status, usage: agent.execs.exited(
+            run, status, (usage.ru_utime + usage.ru_stime) * 1000, usage.ru_maxrss
+        ),
+    )
+    agent.execs.started(run, pid)
+    connection.follow(run, 0, eager=bool(header.get("stream")))
+
+
+def _become_program(
+    agent: Agent, run: Exec, argv: List[str], env: Dict[str, str], cwd: str, descriptors: List[int]
+) -> None:
+    # In the child. The last descriptor reports a failure and closes by itself when exec succeeds.
+    failed = len(descriptors) - 1
+    step = "start"
+    try:
+        os.setsid()
+        tenant.default_signals()
+        tenant.keep_only(descriptors)
+        os.set_inheritable(failed, False)
+        tenant.offer_to_oom_killer()
+        tenant.become(agent.tenant.uid, agent.tenant.gid, run.tag, agent.tenant.max_processes)
+        os.umask(0o022)
+        step = "cwd"
+        os.chdir(cwd)
+        step = "exec"
+        program = shutil.which(argv[0], path=env.get("PATH")) or argv[0]
+        os.execve(program, argv, env)
+    except OSError as error:
+        os.write(failed, b"%s %d" % (step.encode(), error.errno or 0))
+    except BaseException:
+        os.write(failed, b"start 0")
+    finally:
+        os._exit(127)
+
+
+def _answer_fault(connection: Connection, fault: bytes, argv: List[str], cwd: str) -> None:
+    step, _, number = fault.partition(b" ")
+    reason = os.strerror(int(number))
+    if step == b"cwd":
+        connection.fail("cwd_not_found", "cwd %r: %s" % (cwd, reason))
+    elif step == b"exec":
+        code = _START_ERRORS.get(int(number), "start_failed")
+        connection.fail(code, "%r: %s" % (argv[0], reason))
+    else:
+        connection.fail("start_failed", "%r: %s" % (argv[0], reason))

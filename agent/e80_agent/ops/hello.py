@@ -1,0 +1,31 @@
+"""hello: what this agent is and what it has; also the health check."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, Any, Dict
+
+from e80_agent import protocol
+
+if TYPE_CHECKING:
+    from e80_agent.link import Connection
+    from e80_agent.main import Agent
+
+
+def hello(agent: Agent, connection: Connection, _header: Dict[str, Any], _body: bytes) -> None:
+    """Answers {protocol, python, uptime_s, faults, ready, warm, execs: [{id, finished, size}]}."""
+    connection.reply(
+        {
+            "ok": True,
+            "protocol": protocol.PROTOCOL_VERSION,
+            "python": "%d.%d.%d" % sys.version_info[:3],
+            "uptime_s": round(time.monotonic() - agent.started, 3),
+            "faults": agent.loop.faults,
+            "ready": agent.interpreters.bare.ready,
+            "warm": agent.interpreters.warm.ready,
+            "execs": [
+                {"id": run.id, "finished": run.finished, "size": len(run.log)} for run in agent.execs.all()
+            ],
+        }
+    )

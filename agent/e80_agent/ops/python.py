@@ -1,0 +1,99 @@
+"""python: runs code in a fork of a parent interpreter, or in a new one when asked to."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from typing import TYPE_CHECKING, Any, Dict, List
+
+from e80_agent import interpreters, runner
+from e80_agent.execs import Exec
+from e80_agent.fork import send_fds
+from e80_agent.ops import command
+
+if TYPE_CHECKING:
+    from e80_agent.link import Connection
+    from e80_agent.main import Agent
+
+_SEND_S = 5.0
+
+
+def run_python(agent: Agent, connection: Connection, header: Dict[str, Any], body: bytes) -> None:
+    """Header: id, code_size, env, cwd, timeout_s, output_limit, spool_limit, stream, fresh.
+    Body: the code (code_size bytes), then stdin. Answers with the exec's log."""
+    run = command.admit(agent, connection, header, body[header["code_size"] :])
+    if run is None:
+        return
+    code = body[: header["code_size"]]
+    env = agent.tenant.environment(header["env"])
+    if header.get("fresh") or interpreters.needs_fresh(header["env"]):
+        _run_fresh(agent, connection, header, run, code, env)
+        return
+    parent = agent.interpreters.choose(code)
+    connection.follow(run, 0, eager=bool(header.get("stream")))
+
+    def forked(pid: int, sock: socket.socket) -> None:
+        with sock:
+            if run.finished:
+                return  # it timed out before there was a child; the child ends when its socket closes
+            theirs = agent.execs.open_pipes(run, with_error=True)
+            parent.watch(pid, lambda status, cpu, grown: agent.execs.exited(run, status, cpu, grown))
+            agent.execs.started(run, pid)
+            _hand_over(sock, agent, run, header, env, code, theirs)
+
+    parent.take(forked)
+
+
+def _hand_over(
+    sock: socket.socket,
+    agent: Agent,
+    run: Exec,
+    header: Dict[str, Any],
+    env: Dict[str, str],
+    code: bytes,
+    theirs: List[int],
+) -> None:
+    request = runner.pack_request(
+        {
+            "uid": agent.tenant.uid,
+            "gid": agent.tenant.gid,
+            "tag": run.tag,
+            "max_processes": agent.tenant.max_processes,
+            "env": env,
+            "cwd": header["cwd"],
+        },
+        code,
+    )
+    try:
+        # The child is still ours and reads at once; the limit is for one that was killed meanwhile.
+        sock.settimeout(_SEND_S)
+        send_fds(sock, request[: runner.REQUEST.size], theirs)
+        sock.sendall(request[runner.REQUEST.size :])
+    except OSError:
+        return  # it is dead, and its exit is about to be reported
+    finally:
+        for fd in theirs:
+            os.close(fd)
+
+
+def _run_fresh(
+    agent: Agent, connection: Connection, header: Dict[str, Any], run: Exec, code: bytes, env: Dict[str, str]
+) -> None:
+    code_fd = os.memfd_create("code", 0)
+    with os.fdopen(code_fd, "wb", closefd=False) as file:
+        file.write(code)
+    os.lseek(code_fd, 0, os.SEEK_SET)
+    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    start = (
+        "import sys; sys.path.insert(0, %r); from e80_agent import runner; "
+        "del sys.path[0]; runner.fresh(%d)" % (os.path.dirname(here), runner.ERROR_FD + 1)
+    )
+    theirs = agent.execs.open_pipes(run, with_error=True)
+    argv = [sys.executable, "-c", start]
+    command.start(agent, connection, run, argv, tenant_env(env), header, theirs + [code_fd])
+
+
+def tenant_env(env: Dict[str, str]) -> Dict[str, str]:
+    """Unbuffered by lines, like the forked interpreters, so that a stream shows each print at once."""
+    return dict({"PYTHONUNBUFFERED": "1"}, **env)

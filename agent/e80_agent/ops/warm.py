@@ -1,0 +1,15 @@
+"""warm: loads the interpreter that has the heavy libraries imported."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Dict
+
+if TYPE_CHECKING:
+    from e80_agent.link import Connection
+    from e80_agent.main import Agent
+
+
+def warm(agent: Agent, connection: Connection, _header: Dict[str, Any], _body: bytes) -> None:
+    """Answers at once; `hello` tells when it is warm. The daemon asks when the machine has time for it."""
+    agent.interpreters.warm.start()
+    connection.reply({"ok": True, "warm": agent.interpreters.warm.ready})

@@ -1,0 +1,191 @@
+"""Runs one piece of tenant code in a forked child: becomes the tenant, then executes and reports.
+
+Everything here runs in the child. What it writes to the error channel is as untrusted as its output.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import linecache
+import os
+import random
+import signal
+import site
+import socket
+import struct
+import sys
+import threading
+import traceback
+import types
+from typing import Any, Dict, List, NoReturn
+
+from e80_agent import tenant
+from e80_agent.fork import receive_fds
+
+try:
+    import ctypes
+except ImportError:  # python3-minimal has no ctypes
+    ctypes = None  # type: ignore[assignment]
+
+ERROR_FD = 3
+FILENAME = "<code>"
+_MAX_TRACEBACK = 64 * 1024
+_PR_SET_DUMPABLE = 4
+_LIBC = ctypes.CDLL(None) if ctypes else None
+
+REQUEST = struct.Struct(">II")
+
+
+def pack_request(header: Dict[str, Any], code: bytes) -> bytes:
+    data = json.dumps(header).encode("utf-8", "surrogatepass")
+    return REQUEST.pack(len(data), len(code)) + data + code
+
+
+def child(sock: socket.socket) -> None:
+    """Waits for a request from the agent, then runs it and ends the process."""
+    prefix, fds = receive_fds(sock, REQUEST.size, 4)
+    if len(prefix) < REQUEST.size:
+        os._exit(0)
+    header_size, code_size = REQUEST.unpack(prefix)
+    header = json.loads(_read(sock, header_size))
+    code = _read(sock, code_size)
+    sock.close()
+    os.setsid()
+    tenant.default_signals()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    tenant.keep_only(fds)
+    _become_tenant(header)
+    run(code)
+
+
+def fresh(code_fd: int) -> None:
+    """Entry of a new interpreter (`fresh`): already the tenant, the code comes from a descriptor."""
+    with os.fdopen(code_fd, "rb") as file:
+        code = file.read()
+    run(code)
+
+
+def run(code: bytes) -> NoReturn:
+    """Executes `code` as __main__ and ends the process with the exit status Python would give."""
+    os.set_inheritable(ERROR_FD, False)
+    status = _execute(code)
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]  # waits for non-daemon threads, as at exit
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+    except BaseException:
+        traceback.print_exc()
+        status = status or 120
+    try:
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        status = status or 120
+    # No teardown: it would cost as much as the fork, and the kernel frees it all.
+    os._exit(status)
+
+
+def _become_tenant(header: Dict[str, Any]) -> None:
+    tenant.offer_to_oom_killer()
+    tenant.become(header["uid"], header["gid"], header["tag"], header["max_processes"])
+    if _LIBC is not None:
+        # A change of uid makes /proc/self root's, and then a program that opens /dev/stdout is refused.
+        _LIBC.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)
+    os.umask(0o022)
+    os.environ.clear()
+    os.environ.update(header["env"])
+    os.chdir(header["cwd"])
+    user_site = os.path.join(
+        header["env"].get("HOME", tenant.HOME),
+        ".local/lib/python%d.%d/site-packages" % sys.version_info[:2],
+    )
+    if os.path.isdir(user_site):
+        site.addsitedir(user_site)
+    sys.path.insert(0, "")
+    sys.dont_write_bytecode = False
+    sys.argv = ["-c"]
+    # A fork repeats its parent's random state; `random` reseeds itself, numpy's global state does not.
+    random.seed()
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed()
+    _open_standard_streams()
+
+
+def _open_standard_streams() -> None:
+    encoding = os.environ.get("PYTHONIOENCODING", "utf-8").partition(":")[0] or "utf-8"
+    sys.stdin = sys.__stdin__ = open(0, encoding=encoding, errors="surrogateescape", closefd=False)  # type: ignore[misc]
+    sys.stdout = sys.__stdout__ = open(1, "w", encoding=encoding, errors="surrogateescape", closefd=False)  # type: ignore[misc]
+    sys.stderr = sys.__stderr__ = open(2, "w", encoding=encoding, errors="backslashreplace", closefd=False)  # type: ignore[misc]
+    # Line by line, as on a terminal: whoever follows the run sees each print when it happens.
+    sys.stdout.reconfigure(line_buffering=True)
+    sys.stderr.reconfigure(line_buffering=True)
+
+
+def _execute(code: bytes) -> int:
+    main = types.ModuleType("__main__")
+    main.__builtins__ = sys.modules["builtins"]  # type: ignore[attr-defined]
+    sys.modules["__main__"] = main
+    try:
+        source = code.decode("utf-8")
+        lines: List[str] = source.splitlines(keepends=True)
+        linecache.cache[FILENAME] = (len(source), None, lines, FILENAME)
+        exec(compile(source, FILENAME, "exec", dont_inherit=True), main.__dict__)
+        return 0
+    except SystemExit as error:
+        return _exit_status(error)
+    except KeyboardInterrupt as error:
+        _report(error)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+        return 130
+    except BaseException as error:
+        _report(error)
+        return 1
+
+
+def _exit_status(error: SystemExit) -> int:
+    if error.code is None:
+        return 0
+    if isinstance(error.code, int):
+        return error.code & 0xFF
+    print(error.code, file=sys.stderr)
+    return 1
+
+
+def _report(error: BaseException) -> None:
+    """The traceback on stderr, from the tenant's first frame on, and the same as data on the error channel."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename != FILENAME:
+        trace = trace.tb_next
+    text = "".join(traceback.format_exception(type(error), error, trace))
+    try:
+        if sys.excepthook is sys.__excepthook__:
+            sys.stderr.write(text)
+        else:
+            sys.excepthook(type(error), error, trace)
+        sys.stderr.flush()
+    except Exception:
+        os.write(2, text.encode("utf-8", "backslashreplace"))
+    try:
+        value = str(error)
+    except Exception:
+        value = "<str() of the exception failed>"
+    fact = {"name": type(error).__name__, "value": value[:8192], "traceback": text[-_MAX_TRACEBACK:]}
+    try:
+        os.write(ERROR_FD, json.dumps(fact).encode("utf-8", "replace"))
+    except OSError:
+        # The tenant closed or filled the channel: its own loss, stderr has the traceback.
+        return
+
+
+def _read(sock: socket.socket, size: int) -> bytes:
+    parts = []
+    while size:
+        part = sock.recv(min(size, 1 << 20))
+        if not part:
+            os._exit(0)
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)

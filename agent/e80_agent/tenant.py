@@ -1,0 +1,84 @@
+"""Becoming the tenant: what a forked child does, as root, before it runs anything that is not ours."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import resource
+import signal
+from typing import Any, Dict, List, Optional
+
+HOME = "/home/user"
+
+# Group ids from here up mark which exec a process belongs to. Only CAP_SETGID can drop a supplementary
+# group, and a tenant has no capability, so setsid, double forks and exec keep the mark: see sweep.py.
+TAG_BASE = 0x40000000
+
+
+class Tenant:
+    """Who tenant code runs as in this sandbox."""
+
+    def __init__(self, config: Dict[str, Any], base_env: Dict[str, str]) -> None:
+        self.uid: int = config["uid"]
+        self.gid: int = config["gid"]
+        self.max_processes: int = config["max_processes"]
+        self.base_env = base_env
+
+    def environment(self, extra: Dict[str, str]) -> Dict[str, str]:
+        env = dict(self.base_env)
+        env.update(extra)
+        return env
+
+
+def base_environment(image_env: Dict[str, str]) -> Dict[str, str]:
+    """The image's own variables and those every program expects to find."""
+    env = dict(image_env)
+    env.pop("HOSTNAME", None)
+    env.update(HOME=HOME, USER="user", LOGNAME="user", SHELL="/bin/bash")
+    env.setdefault("LANG", "C.UTF-8")
+    env.setdefault("TMPDIR", "/tmp")
+    path = env.get("PATH") or "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+    local = HOME + "/.local/bin"
+    env["PATH"] = path if local in path.split(":") else local + ":" + path
+    return env
+
+
+def become(uid: int, gid: int, tag: Optional[int], max_processes: int) -> None:
+    """Gives up root for good: groups, limits, uid. The order matters, each step needs the ones before."""
+    os.setgroups([] if tag is None else [tag])
+    os.setresgid(gid, gid, gid)
+    # Counted per uid and the uid is this sandbox's own: it keeps the agent room to fork under a fork bomb.
+    resource.setrlimit(resource.RLIMIT_NPROC, (max_processes, max_processes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.setresuid(uid, uid, uid)
+
+
+def offer_to_oom_killer() -> None:
+    """Makes this process, not the agent, the first choice when the sandbox is out of memory."""
+    try:
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write("1000")
+    except OSError:
+        # gVisor accepts no such write; there the kernel ends the whole sandbox and the daemon reports it.
+        return
+
+
+def default_signals() -> None:
+    """What a program expects at its start; Python ignores SIGPIPE and SIGXFSZ and we watch SIGCHLD."""
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGCHLD, signal.SIGPIPE, signal.SIGXFSZ, signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def keep_only(descriptors: List[int]) -> None:
+    """Moves the given descriptors to 0, 1, 2, ... and closes every other one."""
+    # First out of the way, so that no dup2 overwrites one that is still to be moved.
+    floor = max(max(descriptors), len(descriptors)) + 1
+    parked = [_dup_above(fd, floor) for fd in descriptors]
+    for target, fd in enumerate(parked):
+        os.dup2(fd, target, inheritable=True)
+    os.closerange(len(descriptors), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+
+
+def _dup_above(fd: int, floor: int) -> int:
+    return fcntl.fcntl(fd, fcntl.F_DUPFD, floor)
