@@ -1,0 +1,1 @@
+"""The control-plane daemon: sandboxes for agents behind one HTTP API."""

@@ -1,0 +1,44 @@
+"""Bodies of the key routes."""
+
+from typing import Literal, Self
+
+from pydantic import Field
+
+from sandboxd.identity.models import ApiKey
+from sandboxd.kit.http import Body
+from sandboxd.kit.paging import Resource
+
+NAME_PATTERN = r"^\S(.*\S)?$"
+
+
+class CreateKeyBody(Body):
+    name: str = Field("unnamed", min_length=1, max_length=100, pattern=NAME_PATTERN)
+
+
+class ApiKeyOut(Resource):
+    object: Literal["apikey"] = "apikey"
+    name: str
+    prefix: str
+    created_at: int
+    last_used_at: int | None
+    revoked_at: int | None
+
+    @classmethod
+    def of(cls, row: ApiKey, **extra: str) -> Self:
+        return cls(
+            id=row.id,
+            name=row.name,
+            prefix=row.prefix,
+            created_at=int(row.created_at),
+            last_used_at=_seconds(row.last_used_at),
+            revoked_at=_seconds(row.revoked_at),
+            **extra,
+        )
+
+
+class CreatedKeyOut(ApiKeyOut):
+    key: str = Field(description="The secret. It is shown in this answer only.")
+
+
+def _seconds(value: float | None) -> int | None:
+    return None if value is None else int(value)

@@ -1,0 +1,169 @@
+"""Rules of identity: who a key is, and how keys are made and revoked. Look-ups are cached in memory."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sandboxd.identity import store
+from sandboxd.identity.errors import KeyNotFoundError, ProjectNotFoundError
+from sandboxd.identity.models import ApiKey, Organization, Project
+from sandboxd.identity.secrets import digest, display_prefix, is_well_formed, new_key
+from sandboxd.kit.clock import Clock
+from sandboxd.kit.db import Database
+from sandboxd.kit.errors import UnauthorizedError
+from sandboxd.kit.ids import new_id
+from sandboxd.kit.paging import PageParams
+
+CACHE_SIZE = 10_000
+# Bounds how long a change made to the file by hand goes unseen; revoking through the API acts at once.
+CACHE_TTL_S = 30.0
+FLUSH_BATCH = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """On whose behalf a request runs."""
+
+    key_id: str
+    project_id: str
+    project_slug: str
+    organization_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class CreatedKey:
+    """A new key's row, and the only copy of its secret."""
+
+    row: ApiKey
+    key: str
+
+
+class IdentityService:
+    def __init__(self, db: Database, clock: Clock) -> None:
+        self._db = db
+        self._clock = clock
+        self._cache: dict[str, tuple[Principal, float]] = {}
+        self._revocations = 0
+        self._last_used: dict[str, float] = {}
+        self._on_revoke: list[Callable[[str], None]] = []
+
+    async def authenticate(self, key: str) -> Principal:
+        """The key's Principal, or UnauthorizedError. No query for a cached key, nor for a malformed one."""
+        secret = digest(key)
+        cached = self._cache.get(secret)
+        if cached is not None and cached[1] > self._clock.monotonic():
+            principal = cached[0]
+        else:
+            principal = await self._look_up(key, secret)
+        self._last_used[principal.key_id] = self._clock.now()
+        return principal
+
+    async def ensure_project(self, organization: str, project: str) -> Project:
+        """The project of that name; it and its organization are made when missing."""
+        async with self._db.write() as session:
+            owner = await store.find_organization(session, organization)
+            if owner is None:
+                owner = Organization(id=new_id("org"), slug=organization, created_at=self._clock.now())
+                session.add(owner)
+                await session.flush()
+            found = await store.find_project(session, owner.id, project)
+            if found is None:
+                found = Project(
+                    id=new_id("proj"), organization_id=owner.id, slug=project, created_at=self._clock.now()
+                )
+                session.add(found)
+        return found
+
+    async def create_key(self, project_id: str, name: str) -> CreatedKey:
+        key = new_key()
+        row = ApiKey(
+            id=new_id("key"),
+            project_id=project_id,
+            name=name,
+            prefix=display_prefix(key),
+            secret_sha256=digest(key),
+            created_at=self._clock.now(),
+        )
+        async with self._db.write() as session:
+            session.add(row)
+        return CreatedKey(row=row, key=key)
+
+    async def list_keys(self, project_id: str, params: PageParams) -> tuple[list[ApiKey], bool]:
+        """One page of a project's keys, revoked ones too, and whether there are more."""
+        async with self._db.read() as session:
+            rows, has_more = await store.list_keys(session, project_id, params)
+        return [self._fresh(row) for row in rows], has_more
+
+    async def get_key(self, project_id: str, key_id: str) -> ApiKey:
+        async with self._db.read() as session:
+            row = await store.find_key(session, project_id, key_id)
+        if row is None:
+            raise KeyNotFoundError(key_id)
+        return self._fresh(row)
+
+    async def revoke_key(self, project_id: str, key_id: str) -> ApiKey:
+        """Make a key useless at once. Idempotent: the first revocation's time stays."""
+        async with self._db.write() as session:
+            row = await store.find_key(session, project_id, key_id)
+            if row is None:
+                raise KeyNotFoundError(key_id)
+            first_time = row.revoked_at is None
+            if first_time:
+                row.revoked_at = self._clock.now()
+                session.add(row)
+        # Also on a repeat: it costs nothing, and repairs a first call that died right after its commit.
+        self._revocations += 1
+        self._cache.pop(row.secret_sha256, None)
+        if first_time:
+            for callback in self._on_revoke:
+                callback(row.id)
+        return self._fresh(row)
+
+    def on_revoke(self, callback: Callable[[str], None]) -> None:
+        """Have `callback(key_id)` called after each revocation, on the loop: it must not block or raise."""
+        self._on_revoke.append(callback)
+
+    async def flush_last_used(self) -> None:
+        """Write down when keys were last used. A job calls this; requests only note the time in memory."""
+        while self._last_used:
+            batch = dict(list(self._last_used.items())[:FLUSH_BATCH])
+            async with self._db.write() as session:
+                await store.set_last_used(session, batch)
+            for key_id, used_at in batch.items():
+                if self._last_used.get(key_id) == used_at:
+                    del self._last_used[key_id]
+
+    async def _look_up(self, key: str, secret: str) -> Principal:
+        self._cache.pop(secret, None)
+        if not is_well_formed(key):
+            raise UnauthorizedError(
+                "This is not an API key of this server: keys look like 8080_live_... and end in a checksum,"
+                " which does not match. Copy the whole key."
+            )
+        revocations = self._revocations
+        async with self._db.read() as session:
+            found = await store.find_active_key(session, secret)
+        if found is None:
+            raise UnauthorizedError("This API key is unknown or revoked. Use another key, or create one.")
+        row, project = found
+        principal = Principal(
+            key_id=row.id,
+            project_id=project.id,
+            project_slug=project.slug,
+            organization_id=project.organization_id,
+        )
+        # A revocation that ended while the query ran must not be undone by what the query saw before it.
+        if revocations == self._revocations:
+            if len(self._cache) >= CACHE_SIZE:
+                self._cache.pop(next(iter(self._cache)))
+            self._cache[secret] = (principal, self._clock.monotonic() + CACHE_TTL_S)
+        return principal
+
+    def _fresh(self, row: ApiKey) -> ApiKey:
+        row.last_used_at = self._last_used.get(row.id, row.last_used_at)
+        return row
+
+
+def check_project(principal: Principal, project: str | None) -> None:
+    """Refuse a body's `project` that is not the key's own (slug or id)."""
+    if project is not None and project not in (principal.project_slug, principal.project_id):
+        raise ProjectNotFoundError(project)

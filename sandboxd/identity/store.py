@@ -1,0 +1,43 @@
+"""Queries of identity. Every read of keys is bound to one project."""
+
+from collections.abc import Mapping
+
+from sqlalchemy import update
+from sqlmodel import col, select
+from sqlmodel.ext.asyncio.session import AsyncSession
+
+from sandboxd.identity.models import ApiKey, Organization, Project
+from sandboxd.kit.paging import PageParams, paged, split
+
+
+async def find_organization(session: AsyncSession, slug: str) -> Organization | None:
+    return (await session.exec(select(Organization).where(Organization.slug == slug))).first()
+
+
+async def find_project(session: AsyncSession, organization_id: str, slug: str) -> Project | None:
+    query = select(Project).where(Project.organization_id == organization_id, Project.slug == slug)
+    return (await session.exec(query)).first()
+
+
+async def find_active_key(session: AsyncSession, secret_sha256: str) -> tuple[ApiKey, Project] | None:
+    query = (
+        select(ApiKey, Project)
+        .join(Project)
+        .where(ApiKey.secret_sha256 == secret_sha256, col(ApiKey.revoked_at).is_(None))
+    )
+    return (await session.exec(query)).first()
+
+
+async def find_key(session: AsyncSession, project_id: str, key_id: str) -> ApiKey | None:
+    query = select(ApiKey).where(ApiKey.id == key_id, ApiKey.project_id == project_id)
+    return (await session.exec(query)).first()
+
+
+async def list_keys(session: AsyncSession, project_id: str, params: PageParams) -> tuple[list[ApiKey], bool]:
+    query = paged(select(ApiKey).where(ApiKey.project_id == project_id), col(ApiKey.id), params)
+    return split((await session.exec(query)).all(), params)
+
+
+async def set_last_used(session: AsyncSession, times: Mapping[str, float]) -> None:
+    for key_id, used_at in times.items():
+        await session.exec(update(ApiKey).where(col(ApiKey.id) == key_id).values(last_used_at=used_at))

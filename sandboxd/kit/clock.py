@@ -1,0 +1,20 @@
+"""Time as an object, so that tests can turn it."""
+
+import time
+from typing import Protocol
+
+
+class Clock(Protocol):
+    def now(self) -> float:
+        """Unix seconds (UTC); may jump."""
+
+    def monotonic(self) -> float:
+        """Seconds that never jump back; only differences mean something."""
+
+
+class SystemClock:
+    def now(self) -> float:
+        return time.time()
+
+    def monotonic(self) -> float:
+        return time.monotonic()

@@ -1,0 +1,356 @@
+"""What every route shares: error bodies, request ids, the body limit, drain, access log, lists and events."""
+
+import asyncio
+import json
+import re
+import reprlib
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from typing import Annotated, Any, Literal
+
+import structlog
+from fastapi import Depends, FastAPI, Query
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import iter_route_contexts
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from sandboxd.kit.errors import BadRequestError, SandboxdError, TooLargeError, UnavailableError
+from sandboxd.kit.ids import ID_PATTERN, new_id
+from sandboxd.kit.metrics import Metrics
+from sandboxd.kit.paging import DEFAULT_LIMIT, MAX_LIMIT, PageParams
+
+log = structlog.get_logger("sandboxd.http")
+
+API_PREFIX = "/v1/"
+UNLIMITED_SUFFIXES = ("/files",)
+VALUE_SHOWN = 100
+REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+QUIET_PATHS = frozenset({"/healthz", "/readyz", "/metrics"})
+SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+STATUS_CODES = {
+    400: "invalid_request",
+    401: "invalid_api_key",
+    403: "forbidden",
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "too_large",
+}
+
+
+class Body(BaseModel):
+    """Base of every request body: exact types, and no field that we do not know."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    log: bool | None = Field(None, description="Record this call where the route supports it.")
+    project: str | None = Field(None, max_length=100, description="The key's own project (slug or id).")
+
+
+async def page_params(
+    limit: Annotated[int, Query(ge=1, le=MAX_LIMIT)] = DEFAULT_LIMIT,
+    after: Annotated[str | None, Query(pattern=ID_PATTERN)] = None,
+    order: Literal["asc", "desc"] = "desc",
+) -> PageParams:
+    # A coroutine, because FastAPI sends plain functions to a thread.
+    return PageParams(limit=limit, after=after, order=order)
+
+
+PageQuery = Annotated[PageParams, Depends(page_params)]
+
+
+class Drain:
+    """Which requests run, and whether new work is still taken."""
+
+    def __init__(self) -> None:
+        self.active = False
+        self.in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def start(self) -> None:
+        self.active = True
+
+    def enter(self) -> None:
+        self.in_flight += 1
+        self._idle.clear()
+
+    def leave(self) -> None:
+        self.in_flight -= 1
+        if self.in_flight == 0:
+            self._idle.set()
+
+    async def wait_idle(self, timeout_s: float) -> bool:
+        """True as soon as no request runs; False when the time is over."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+
+def install(app: FastAPI, *, metrics: Metrics, drain: Drain, max_body_bytes: int) -> None:
+    """Put error handlers and the request middleware on `app`. Middleware added later runs outside of it."""
+    app.add_exception_handler(SandboxdError, _on_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_middleware(RequestMiddleware, metrics=metrics, drain=drain, max_body_bytes=max_body_bytes)
+
+
+def error_body(message: str, type_: str, code: str, param: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": type_, "param": param, "code": code}}
+
+
+def error_response(error: SandboxdError) -> Response:
+    return _json(error.status, error_body(error.message, error.type, error.code, error.param), error.headers)
+
+
+def sse_event(type: str, sequence_number: int, /, **data: Any) -> bytes:
+    """One server-sent event."""
+    event = {"type": type, "sequence_number": sequence_number, **data}
+    return b"data: " + _dump(event) + b"\n\n"
+
+
+def sse_response(events: AsyncGenerator[tuple[str, Mapping[str, Any]]]) -> StreamingResponse:
+    """Stream numbered events. When `events` fails, the last event is an `error`, and the fault is logged."""
+    return StreamingResponse(_sse(events), media_type="text/event-stream", headers=SSE_HEADERS)
+
+
+async def _sse(events: AsyncGenerator[tuple[str, Mapping[str, Any]]]) -> AsyncIterator[bytes]:
+    number = 0
+    try:
+        async for type_, data in events:
+            yield sse_event(type_, number, **data)
+            number += 1
+    except SandboxdError as error:
+        yield sse_event("error", number, **error_body(error.message, error.type, error.code, error.param))
+    except asyncio.CancelledError:
+        # The drain is over, or the client is gone; in the first case it still reads this.
+        stopped = _stopped()
+        yield sse_event("error", number, **error_body(stopped.message, stopped.type, stopped.code))
+        raise
+    except Exception:  # border of a request whose head is sent: the stream must not end well
+        log.exception("stream failed")
+        message = _internal_message(structlog.contextvars.get_contextvars().get("request_id", "unknown"))
+        yield sse_event("error", number, **error_body(message, "server_error", "internal_error"))
+    finally:
+        await events.aclose()
+
+
+class RequestMiddleware:
+    """Request id, body limit, drain, access log, metrics; and the border where internal faults end."""
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, drain: Drain, max_body_bytes: int) -> None:
+        self.app = app
+        self.metrics = metrics
+        self.drain = drain
+        self.max_body_bytes = max_body_bytes
+        metrics.http_in_flight.set_function(lambda: drain.in_flight)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started_at = time.perf_counter()
+        request_id, content_length = _read_headers(scope)
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode("ascii"))]
+            await send(message)
+
+        tokens = structlog.contextvars.bind_contextvars(request_id=request_id)
+        self.drain.enter()
+        try:
+            refusal = self._refusal(scope, content_length)
+            if refusal is not None:
+                await error_response(refusal)(scope, receive, send_with_id)
+            else:
+                await self.app(scope, self._limited(scope, receive, content_length), send_with_id)
+        except asyncio.CancelledError:
+            if status == 0 and self.drain.active:
+                await error_response(_stopped())(scope, receive, send_with_id)
+            raise
+        except Exception:  # border of a request
+            log.exception("request failed", method=scope["method"], path=_shown_path(scope))
+            # With the head already sent there is no honest end but a broken connection: the server closes it.
+            if status == 0:
+                body = error_body(_internal_message(request_id), "server_error", "internal_error")
+                await _json(500, body)(scope, receive, send_with_id)
+        finally:
+            self.drain.leave()
+            self._record(scope, status, time.perf_counter() - started_at)
+            structlog.contextvars.reset_contextvars(**tokens)
+
+    def _refusal(self, scope: Scope, content_length: int | None) -> SandboxdError | None:
+        path = scope["path"]
+        if self.drain.active and path.startswith(API_PREFIX):
+            return _stopped()
+        if content_length is not None and content_length > self.max_body_bytes:
+            if path.endswith(UNLIMITED_SUFFIXES):
+                return None
+            return _too_large(self.max_body_bytes, content_length)
+        return None
+
+    def _limited(self, scope: Scope, receive: Receive, content_length: int | None) -> Receive:
+        # The server holds a body to its Content-Length; only chunked ones have to be counted.
+        if content_length is not None or scope["path"].endswith(UNLIMITED_SUFFIXES):
+            return receive
+        size = 0
+
+        async def receive_limited() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self.max_body_bytes:
+                # FastAPI turns whatever else fails while it reads a body into a 400.
+                raise HTTPException(413, _too_large(self.max_body_bytes).message)
+            return message
+
+        return receive_limited
+
+    def _record(self, scope: Scope, status: int, duration_s: float) -> None:
+        path = scope["path"]
+        method = scope["method"] if scope["method"] in METHODS else "OTHER"
+        route = getattr(scope.get("route"), "path_format", "unmatched")
+        self.metrics.http_requests.labels(method, route, str(status)).inc()
+        self.metrics.http_duration.labels(method, route).observe(duration_s)
+        write = log.debug if path in QUIET_PATHS else log.info
+        principal = scope.get("principal")
+        write(
+            "request",
+            method=method,
+            path=_shown_path(scope),
+            route=route,
+            status=status,
+            duration_ms=round(duration_s * 1000, 2),
+            client=scope["client"][0] if scope.get("client") else None,
+            key_id=getattr(principal, "key_id", None),
+            project_id=getattr(principal, "project_id", None),
+        )
+
+
+async def _on_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, SandboxdError)
+    if error.status >= 500:
+        log.warning("request refused", code=error.code, message=error.message)
+    return error_response(error)
+
+
+async def _on_invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first, *others = error.errors()
+    where, *path = first["loc"]
+    param = ".".join(str(part) for part in path) or None
+    more = f" ({len(others)} more fields are wrong, too.)" if others else ""
+    kind = first["type"]
+    if kind == "json_invalid":
+        message = f"The body is not valid JSON: {first['ctx']['error']} at character {path[0]}."
+        param = None
+    elif kind == "missing" and not path:
+        message = "The body is missing: send a JSON object with Content-Type: application/json."
+    elif kind == "missing":
+        message = f"'{param}' is missing in the {where}.{more}"
+    elif kind == "extra_forbidden":
+        value = _shown(first["input"])
+        message = f"'{param}' is not a known field (value {value}).{_known_fields(request)}{more}"
+    elif isinstance(first["input"], bytes):
+        message = "The body is not JSON: send a JSON object with Content-Type: application/json."
+    else:
+        reason = first["msg"].removeprefix("Value error, ")
+        subject = f"'{param}' in the {where}" if param else f"The {where}"
+        message = f"{subject}: {reason}, not {_shown(first['input'])}.{more}"
+    return error_response(BadRequestError(_printable(message), param=_printable(param) if param else None))
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    status = error.status_code
+    headers = dict(error.headers or {})
+    what = f"{request.method} {_shown_path(request.scope)}"
+    if status == 404:
+        message = f"There is no route {what}. See /docs for the routes of this server."
+    elif status == 405:
+        headers["Allow"] = ", ".join(_allowed_methods(request))
+        message = f"{what} is not allowed: this path takes {headers['Allow']}."
+    elif status == 400:
+        message = "The body is not valid JSON: it must be one JSON value in UTF-8, not nested too deeply."
+    else:
+        message = str(error.detail)
+    type_ = "invalid_request_error" if status < 500 else "server_error"
+    return _json(status, error_body(message, type_, STATUS_CODES.get(status, "http_error")), headers)
+
+
+def _allowed_methods(request: Request) -> list[str]:
+    # Starlette names the methods of the first matching route only; a path has one route per method.
+    methods: set[str] = set()
+    for context in iter_route_contexts(request.app.routes):
+        pattern = getattr(context, "path_regex", None)
+        if context.methods and pattern is not None and pattern.match(request.scope["path"]):
+            methods |= context.methods
+    return sorted(methods)
+
+
+def _known_fields(request: Request) -> str:
+    field = getattr(request.scope.get("route"), "body_field", None)
+    model = field.field_info.annotation if field is not None else None
+    if not (isinstance(model, type) and issubclass(model, BaseModel)):
+        return ""
+    return f" Known fields: {', '.join(sorted(model.model_fields))}."
+
+
+def _read_headers(scope: Scope) -> tuple[str, int | None]:
+    request_id: str | None = None
+    content_length: int | None = None
+    for name, value in scope["headers"]:
+        if name == b"content-length":
+            content_length = int(value) if value.isdigit() and len(value) < 19 else None
+        elif name == b"x-request-id" and REQUEST_ID.fullmatch(value):
+            request_id = value.decode("ascii")
+    return request_id or new_id("req"), content_length
+
+
+def _too_large(limit: int, size: int | None = None) -> TooLargeError:
+    sent = f"has {size} bytes" if size is not None else "is larger"
+    return TooLargeError(
+        f"The body {sent}; this server takes at most {limit} bytes."
+        " Send big data as files: PUT /v1/sandboxes/{id}/files."
+    )
+
+
+def _stopped() -> UnavailableError:
+    return UnavailableError("The server is shutting down and takes no new work. Send the request again.")
+
+
+def _internal_message(request_id: str) -> str:
+    return f"Internal error. The server's log has the details under request id {request_id}."
+
+
+def _shown_path(scope: Scope) -> str:
+    return _printable(scope["path"][:200])
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value[: VALUE_SHOWN + 1]) if isinstance(value, str) else reprlib.repr(value)
+    return text if len(text) <= VALUE_SHOWN else text[:VALUE_SHOWN] + "..."
+
+
+def _printable(text: str) -> str:
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
+def _json(status: int, content: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Response:
+    return Response(_dump(content), status, headers, "application/json")
+
+
+def _dump(content: Mapping[str, Any]) -> bytes:
+    # Escaped to ASCII: a lone surrogate (legal in JSON text) cannot be encoded as UTF-8.
+    return json.dumps(content, separators=(",", ":")).encode("ascii")

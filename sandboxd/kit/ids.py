@@ -1,0 +1,18 @@
+"""Ids that sort by time: prefix, underscore, 34 characters of lower-case base32hex."""
+
+import base64
+import secrets
+import time
+
+TIME_BITS = 48
+RANDOM_BITS = 122
+ID_PATTERN = r"^[a-z]{2,12}_[0-9a-v]{34}$"
+
+
+def new_id(prefix: str, *, now_ms: int | None = None) -> str:
+    """A new id. Text order is time order to the millisecond; 122 bits cannot be guessed."""
+    ms = time.time_ns() // 1_000_000 if now_ms is None else now_ms
+    value = (ms & ((1 << TIME_BITS) - 1)) << RANDOM_BITS | secrets.randbits(RANDOM_BITS)
+    # 170 bits fill 34 characters of 5 bits; the 6 zero bits below make whole bytes and are cut off.
+    text = base64.b32hexencode((value << 6).to_bytes(22, "big"))[:34]
+    return f"{prefix}_{text.decode('ascii').lower()}"

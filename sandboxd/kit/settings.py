@@ -1,0 +1,73 @@
+"""Settings from the environment (`SANDBOXD_*`). The only module that reads the environment."""
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+ENV_PREFIX = "SANDBOXD_"
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid")
+
+    host: str = Field("127.0.0.1", description="Address the HTTP API listens on.")
+    port: int = Field(8080, ge=0, le=65535, description="Port of the HTTP API; 0 picks a free one.")
+    state_dir: Path = Field(
+        Path("/var/lib/sandboxd"), description="Database, workspaces, lock and logs (0700)."
+    )
+    run_dir: Path = Field(Path("/run/sandboxd"), description="Sockets of the running sandboxes.")
+    database_url: str = Field(
+        default_factory=lambda data: _default_database_url(data),
+        description="SQLAlchemy URL of the store; default is `sandboxd.db` in the state folder.",
+    )
+    docker_url: str = Field(
+        "unix:///var/run/docker.sock", description="Docker Engine that runs the sandboxes."
+    )
+    runtime: Literal["runc", "runsc"] = Field("runc", description="OCI runtime of new sandboxes.")
+    default_image: str = Field("e80/default:latest", description="Image of a sandbox that names none.")
+    log_format: Literal["json", "console"] = Field(
+        "json", description="`json` lines or readable `console` text."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Lowest level logged."
+    )
+    drain_timeout_s: float = Field(20, ge=0, le=3600, description="Time running requests get after SIGTERM.")
+    max_body_mb: int = Field(
+        8, ge=1, le=1024, description="Largest request body; file uploads stream and are exempt."
+    )
+    metrics_public: bool = Field(False, description="Serve `/metrics` to peers other than loopback, too.")
+
+    @field_validator("state_dir", "run_dir")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        if not value.is_absolute():
+            raise ValueError(f"must be an absolute path, not {str(value)!r}")
+        return value
+
+    @field_validator("database_url")
+    @classmethod
+    def _known_database(cls, value: str) -> str:
+        if not value.startswith("sqlite+aiosqlite:////"):
+            # The URL may hold a password: only its scheme is repeated.
+            raise ValueError(
+                f"must be sqlite+aiosqlite:///<absolute path of a file>, not {value.partition(':')[0]!r}..."
+            )
+        return value
+
+
+def variable_name(field: str) -> str:
+    """Name of the environment variable of a settings field."""
+    return f"{ENV_PREFIX}{field.upper()}"
+
+
+def unknown_variables() -> list[str]:
+    """Variables with our prefix that no setting reads: nearly always a typing error."""
+    known = {variable_name(field) for field in Settings.model_fields}
+    return sorted(name for name in os.environ if name.startswith(ENV_PREFIX) and name not in known)
+
+
+def _default_database_url(data: dict[str, Any]) -> str:
+    return f"sqlite+aiosqlite:///{data.get('state_dir', '/')}/sandboxd.db"

@@ -1,0 +1,172 @@
+"""Arguments, settings, signals and drain: the process around the application."""
+
+import argparse
+import asyncio
+import fcntl
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import structlog
+import uvicorn
+import uvloop
+from pydantic import ValidationError
+
+from sandboxd.app import VERSION, Services, create_app
+from sandboxd.identity.service import IdentityService
+from sandboxd.kit import logging
+from sandboxd.kit.clock import SystemClock
+from sandboxd.kit.db import Database
+from sandboxd.kit.settings import Settings, unknown_variables, variable_name
+
+EXIT_FAILED = 1
+EXIT_USAGE = 64
+# After the drain, what still runs is cancelled; this bounds how long it may take to end.
+CANCEL_TIMEOUT_S = 2
+
+log = structlog.get_logger(__name__)
+
+
+class AlreadyRunningError(Exception):
+    """Another daemon holds the state folder."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        for fault in error.errors():
+            name = variable_name(str(fault["loc"][0])) if fault["loc"] else "settings"
+            sys.stderr.write(f"sandboxd: {name}: {fault['msg'].removeprefix('Value error, ')}\n")
+        return EXIT_USAGE
+    logging.configure(settings.log_format, settings.log_level)
+    settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if options.command == "create-key":
+        return asyncio.run(_create_key(settings, options.organization, options.project, options.name))
+    return _serve(settings)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sandboxd",
+        description="Control plane of isolated sandboxes. Settings come from the environment: SANDBOXD_*.",
+    )
+    parser.add_argument("--version", action="version", version=f"sandboxd {VERSION}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands.add_parser("serve", help="run the daemon in the foreground (the default)")
+    create_key = commands.add_parser("create-key", help="make an API key and print it, alone, on stdout")
+    create_key.add_argument("--organization", default="default", help="made when missing (default: default)")
+    create_key.add_argument("--project", default="default", help="made when missing (default: default)")
+    create_key.add_argument("--name", required=True, help="what the key is for")
+    return parser
+
+
+async def _create_key(settings: Settings, organization: str, project: str, name: str) -> int:
+    db = Database(settings.database_url)
+    try:
+        await db.migrate()
+        identity = IdentityService(db, SystemClock())
+        owner = await identity.ensure_project(organization, project)
+        created = await identity.create_key(owner.id, name)
+    finally:
+        await db.close()
+    sys.stdout.write(f"{created.key}\n")
+    return 0
+
+
+def _serve(settings: Settings) -> int:
+    for name in unknown_variables():
+        log.warning("unknown setting is ignored", variable=name)
+    _raise_file_limit()
+    try:
+        with _only_one(settings.state_dir), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(_run(settings))
+    except AlreadyRunningError as error:
+        log.error("cannot start", reason=str(error))
+        return EXIT_FAILED
+
+
+async def _run(settings: Settings) -> int:
+    app = create_app(settings)
+    services: Services = app.state.services
+    server = _Server(
+        uvicorn.Config(
+            app,
+            host=settings.host,
+            port=settings.port,
+            http="httptools",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=CANCEL_TIMEOUT_S,
+            # What one request binds to its logs must not reach the next one of its connection.
+            reset_contextvars=True,
+        )
+    )
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with asyncio.TaskGroup() as group:
+        ender = group.create_task(_drain_on(stop, services, server))
+        try:
+            await server.serve()
+        except SystemExit:
+            # The address is taken or the application could not start; the reason is logged.
+            return EXIT_FAILED
+        finally:
+            ender.cancel()
+    log.info("stopped")
+    return 0
+
+
+class _Server(uvicorn.Server):
+    @contextmanager
+    def capture_signals(self) -> Generator[None]:
+        # Signals start a drain instead; see _run.
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        addresses = [listener.getsockname()[:2] for server in self.servers for listener in server.sockets]
+        log.info("listening", addresses=addresses, version=VERSION, pid=os.getpid())
+
+
+async def _drain_on(stop: asyncio.Event, services: Services, server: uvicorn.Server) -> None:
+    """Once stopped: refuse new work, let running requests end, then close. Sandboxes are kept."""
+    await stop.wait()
+    services.drain.start()
+    timeout_s = services.settings.drain_timeout_s
+    log.info("draining", in_flight=services.drain.in_flight, timeout_s=timeout_s)
+    if not await services.drain.wait_idle(timeout_s):
+        log.warning("drain is over, cancelling requests", in_flight=services.drain.in_flight)
+    server.should_exit = True
+
+
+@contextmanager
+def _only_one(state_dir: Path) -> Iterator[None]:
+    """Hold the state folder's lock, and tell others our pid."""
+    with (state_dir / "sandboxd.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise AlreadyRunningError(f"another sandboxd runs on {state_dir}: stop it first") from None
+        pid_file = state_dir / "sandboxd.pid"
+        pid_file.write_text(f"{os.getpid()}\n")
+        try:
+            yield
+        finally:
+            pid_file.unlink(missing_ok=True)
+
+
+def _raise_file_limit() -> None:
+    # A sandbox takes several descriptors, and the usual soft limit of 1024 is for programs that use select().
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,1 @@
+"""Alembic versions, append-only: a released one is never edited."""
