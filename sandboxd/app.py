@@ -18,7 +18,7 @@ from sandboxd.identity.service import IdentityService
 from sandboxd.kit.clock import Clock, SystemClock
 from sandboxd.kit.db import Database
 from sandboxd.kit.errors import ForbiddenError
-from sandboxd.kit.http import Drain, install
+from sandboxd.kit.http import ERROR_RESPONSES, Drain, install
 from sandboxd.kit.metrics import CONTENT_TYPE, Metrics
 from sandboxd.kit.settings import Settings
 from sandboxd.kit.tasks import TaskOwner
@@ -58,6 +58,8 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
         redirect_slashes=False,
         redoc_url=None,
+        responses=ERROR_RESPONSES,
+        generate_unique_id_function=lambda route: route.name,
         middleware=[Middleware(AuthMiddleware, identity=services.identity)],
     )
     app.state.services = services

@@ -15,6 +15,7 @@ from pathlib import Path
 import structlog
 import uvicorn
 import uvloop
+from fastapi import FastAPI
 from pydantic import ValidationError
 
 from sandboxd.app import VERSION, Services, create_app
@@ -26,8 +27,8 @@ from sandboxd.kit.settings import Settings, unknown_variables, variable_name
 
 EXIT_FAILED = 1
 EXIT_USAGE = 64
-# After the drain, what still runs is cancelled; this bounds how long it may take to end.
-CANCEL_TIMEOUT_S = 2
+# Bounds how long cancelled requests and open connections may take to end.
+CLOSE_TIMEOUT_S = 2
 
 log = structlog.get_logger(__name__)
 
@@ -93,36 +94,39 @@ def _serve(settings: Settings) -> int:
 
 
 async def _run(settings: Settings) -> int:
-    app = create_app(settings)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    return await serve(create_app(settings), stop)
+
+
+async def serve(app: FastAPI, stop: asyncio.Event) -> int:
+    """Serve until `stop` is set, then drain. Returns the exit code."""
     services: Services = app.state.services
     server = _Server(
         uvicorn.Config(
             app,
-            host=settings.host,
-            port=settings.port,
+            host=services.settings.host,
+            port=services.settings.port,
             http="httptools",
             lifespan="on",
             log_config=None,
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=CANCEL_TIMEOUT_S,
+            timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
             # What one request binds to its logs must not reach the next one of its connection.
             reset_contextvars=True,
         )
     )
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    async with asyncio.TaskGroup() as group:
-        ender = group.create_task(_drain_on(stop, services, server))
-        try:
-            await server.serve()
-        except SystemExit:
-            # The address is taken or the application could not start; the reason is logged.
-            return EXIT_FAILED
-        finally:
-            ender.cancel()
+    drain = asyncio.get_running_loop().create_task(_drain_on(stop, services, server), name="drain")
+    try:
+        await server.serve()
+    except SystemExit:
+        # The address is taken or the application could not start; the reason is logged.
+        return EXIT_FAILED
+    finally:
+        drain.cancel()
     log.info("stopped")
     return 0
 
@@ -147,6 +151,8 @@ async def _drain_on(stop: asyncio.Event, services: Services, server: uvicorn.Ser
     log.info("draining", in_flight=services.drain.in_flight, timeout_s=timeout_s)
     if not await services.drain.wait_idle(timeout_s):
         log.warning("drain is over, cancelling requests", in_flight=services.drain.in_flight)
+        services.drain.cancel()
+        await services.drain.wait_idle(CLOSE_TIMEOUT_S)
     server.should_exit = True
 
 

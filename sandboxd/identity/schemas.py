@@ -1,18 +1,22 @@
 """Bodies of the key routes."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from sandboxd.identity.models import ApiKey
 from sandboxd.kit.http import Body
 from sandboxd.kit.paging import Resource
 
-NAME_PATTERN = r"^\S(.*\S)?$"
+
+def _printable(name: str) -> str:
+    if name != name.strip() or not name.isprintable():
+        raise ValueError("must be printable text without space around it")
+    return name
 
 
 class CreateKeyBody(Body):
-    name: str = Field("unnamed", min_length=1, max_length=100, pattern=NAME_PATTERN)
+    name: Annotated[str, AfterValidator(_printable)] = Field("unnamed", min_length=1, max_length=100)
 
 
 class ApiKeyOut(Resource):

@@ -42,6 +42,23 @@ STATUS_CODES = {
 }
 
 
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorBody(BaseModel):
+    """What every error looks like on the wire; here for the OpenAPI document."""
+
+    error: ErrorDetail
+
+
+# For the application's `responses`: FastAPI would document its own 422 otherwise, which we never send.
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {"default": {"model": ErrorBody, "description": "Error"}}
+
+
 class Body(BaseModel):
     """Base of every request body: exact types, and no field that we do not know."""
 
@@ -68,20 +85,29 @@ class Drain:
 
     def __init__(self) -> None:
         self.active = False
-        self.in_flight = 0
+        self.cancelled = False
+        self._running: set[asyncio.Task[Any]] = set()
         self._idle = asyncio.Event()
         self._idle.set()
 
+    @property
+    def in_flight(self) -> int:
+        return len(self._running)
+
     def start(self) -> None:
+        """From now on the API answers new requests with 503."""
         self.active = True
 
-    def enter(self) -> None:
-        self.in_flight += 1
+    def enter(self) -> asyncio.Task[Any]:
+        task = asyncio.current_task()
+        assert task is not None
+        self._running.add(task)
         self._idle.clear()
+        return task
 
-    def leave(self) -> None:
-        self.in_flight -= 1
-        if self.in_flight == 0:
+    def leave(self, task: asyncio.Task[Any]) -> None:
+        self._running.discard(task)
+        if not self._running:
             self._idle.set()
 
     async def wait_idle(self, timeout_s: float) -> bool:
@@ -92,6 +118,12 @@ class Drain:
         except TimeoutError:
             return False
         return True
+
+    def cancel(self) -> None:
+        """End the requests that still run: they answer 503, and streams end in an error event."""
+        self.cancelled = True
+        for task in self._running:
+            task.cancel()
 
 
 def install(app: FastAPI, *, metrics: Metrics, drain: Drain, max_body_bytes: int) -> None:
@@ -168,7 +200,7 @@ class RequestMiddleware:
             await send(message)
 
         tokens = structlog.contextvars.bind_contextvars(request_id=request_id)
-        self.drain.enter()
+        task = self.drain.enter()
         try:
             refusal = self._refusal(scope, content_length)
             if refusal is not None:
@@ -176,9 +208,12 @@ class RequestMiddleware:
             else:
                 await self.app(scope, self._limited(scope, receive, content_length), send_with_id)
         except asyncio.CancelledError:
-            if status == 0 and self.drain.active:
+            if not self.drain.cancelled:
+                raise
+            # Our own drain ended this request, and nobody above waits to hear of it.
+            task.uncancel()
+            if status == 0:
                 await error_response(_stopped())(scope, receive, send_with_id)
-            raise
         except Exception:  # border of a request
             log.exception("request failed", method=scope["method"], path=_shown_path(scope))
             # With the head already sent there is no honest end but a broken connection: the server closes it.
@@ -186,7 +221,7 @@ class RequestMiddleware:
                 body = error_body(_internal_message(request_id), "server_error", "internal_error")
                 await _json(500, body)(scope, receive, send_with_id)
         finally:
-            self.drain.leave()
+            self.drain.leave(task)
             self._record(scope, status, time.perf_counter() - started_at)
             structlog.contextvars.reset_contextvars(**tokens)
 
@@ -249,26 +284,33 @@ async def _on_invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first, *others = error.errors()
     where, *path = first["loc"]
-    param = ".".join(str(part) for part in path) or None
-    more = f" ({len(others)} more fields are wrong, too.)" if others else ""
-    kind = first["type"]
-    if kind == "json_invalid":
-        message = f"The body is not valid JSON: {first['ctx']['error']} at character {path[0]}."
+    param = _printable(".".join(str(part) for part in path)) or None
+    if first["type"] == "json_invalid":
         param = None
-    elif kind == "missing" and not path:
-        message = "The body is missing: send a JSON object with Content-Type: application/json."
-    elif kind == "missing":
-        message = f"'{param}' is missing in the {where}.{more}"
-    elif kind == "extra_forbidden":
-        value = _shown(first["input"])
-        message = f"'{param}' is not a known field (value {value}).{_known_fields(request)}{more}"
-    elif isinstance(first["input"], bytes):
-        message = "The body is not JSON: send a JSON object with Content-Type: application/json."
+        message = f"The body is not valid JSON: {first['ctx']['error']} at character {path[0]}."
+    elif param is None:
+        message = _bad_body(first)
+    elif first["type"] == "missing":
+        message = f"'{param}' is missing in the {where}."
+    elif first["type"] == "extra_forbidden":
+        message = f"'{param}' is not a known field (value {_shown(first['input'])}).{_known_fields(request)}"
     else:
         reason = first["msg"].removeprefix("Value error, ")
-        subject = f"'{param}' in the {where}" if param else f"The {where}"
-        message = f"{subject}: {reason}, not {_shown(first['input'])}.{more}"
-    return error_response(BadRequestError(_printable(message), param=_printable(param) if param else None))
+        message = f"'{param}' in the {where}: {reason}, not {_shown(first['input'])}."
+    if others:
+        message += f" More is wrong: {len(others)} other fault{'s' if len(others) > 1 else ''}."
+    return error_response(BadRequestError(message, param=param))
+
+
+def _bad_body(fault: Mapping[str, Any]) -> str:
+    value = fault["input"]
+    if fault["type"] == "missing":
+        what = "is missing"
+    elif isinstance(value, bytes):
+        what = "has no JSON content type"
+    else:
+        what = f"is no JSON object but {_shown(value)}"
+    return f"The body {what}: send a JSON object with 'Content-Type: application/json'."
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
@@ -319,7 +361,7 @@ def _read_headers(scope: Scope) -> tuple[str, int | None]:
 
 
 def _too_large(limit: int, size: int | None = None) -> TooLargeError:
-    sent = f"has {size} bytes" if size is not None else "is larger"
+    sent = f"has {size} bytes" if size is not None else "is too large"
     return TooLargeError(
         f"The body {sent}; this server takes at most {limit} bytes."
         " Send big data as files: PUT /v1/sandboxes/{id}/files."
@@ -339,7 +381,12 @@ def _shown_path(scope: Scope) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value[: VALUE_SHOWN + 1]) if isinstance(value, str) else reprlib.repr(value)
+    if isinstance(value, str):
+        text = json.dumps(value[: VALUE_SHOWN + 1])
+    elif value is None or isinstance(value, bool | int | float):
+        text = json.dumps(value)
+    else:
+        text = reprlib.repr(value)
     return text if len(text) <= VALUE_SHOWN else text[:VALUE_SHOWN] + "..."
 
 
