@@ -1,0 +1,1 @@
+"""The daemon's side of the agent protocol, over streams that a runtime dialled."""

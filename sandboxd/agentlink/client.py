@@ -1,0 +1,364 @@
+"""Calls to one sandbox's agent. Whatever comes back is hostile: bounded first, then parsed.
+
+A stream of records survives the loss of its connection: it is taken up again, by exec id and offset.
+"""
+
+import asyncio
+import json
+import math
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from e80_agent import protocol
+from sandboxd.agentlink.errors import AgentRefusedError, LinkBrokenError
+from sandboxd.runtimes.base import Stream
+
+CALL_TIMEOUT_S = 10.0
+REATTACH_TIMEOUT_S = 10.0
+WRITE_CHUNK = 256 * 1024
+
+_NUMBER = (int, float)
+
+Dial = Callable[[float], Awaitable[Stream]]
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    protocol: int
+    python: str
+    ready: bool
+    warm: bool
+    faults: int
+    uptime_s: float
+    execs: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Bytes the tenant wrote."""
+
+    is_stderr: bool
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The exception that ended tenant Python code, as the tenant's process told it."""
+
+    name: str
+    value: str
+    traceback: str
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How an exec ended. `reason` is exit, timeout, killed or oom."""
+
+    reason: str
+    exit_code: int | None
+    signal: int | None
+    truncated: bool
+    spool: str | None
+    duration_ms: float
+    cpu_ms: float
+    max_rss_kb: int
+
+
+Event = Output | Failure | Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class ExecRequest:
+    """One run. Either `code` (Python) or `argv`. Times in seconds, limits in bytes."""
+
+    id: str
+    env: dict[str, str]
+    cwd: str
+    timeout_s: float | None
+    output_limit: int
+    spool_limit: int
+    stream: bool
+    stdin: bytes = b""
+    code: bytes | None = None
+    argv: tuple[str, ...] = ()
+    fresh: bool = False
+
+
+class Agent:
+    """The agent of one sandbox. Raises AgentUnreachableError, AgentRefusedError, LinkBrokenError."""
+
+    def __init__(self, dial: Dial) -> None:
+        self._dial = dial
+
+    async def hello(self, timeout_s: float = CALL_TIMEOUT_S) -> Hello:
+        reply = await self._call({"op": "hello"}, timeout_s)
+        execs = reply.get("execs")
+        return Hello(
+            protocol=_integer(reply, "protocol"),
+            python=str(reply.get("python"))[:20],
+            ready=reply.get("ready") is True,
+            warm=reply.get("warm") is True,
+            faults=_integer(reply, "faults"),
+            uptime_s=_number(reply, "uptime_s"),
+            execs=tuple(
+                str(item.get("id"))[:64]
+                for item in (execs if isinstance(execs, list) else [])[:256]
+                if isinstance(item, dict)
+            ),
+        )
+
+    async def warm(self) -> bool:
+        """Asks for the interpreter with the heavy libraries; True when it is there already."""
+        return (await self._call({"op": "warm"}, CALL_TIMEOUT_S)).get("warm") is True
+
+    async def signal(self, exec_id: str, number: int) -> None:
+        await self._call({"op": "signal", "id": exec_id, "signal": number}, CALL_TIMEOUT_S)
+
+    async def run(self, request: ExecRequest) -> AsyncIterator[Event]:
+        """Starts the exec and yields what it writes, then its Outcome. A lost connection is taken up again;
+        LinkBrokenError means that the agent did not come back, and the exec's fate is unknown."""
+        header: dict[str, Any] = {
+            "op": "command" if request.code is None else "python",
+            "id": request.id,
+            "env": request.env,
+            "cwd": request.cwd,
+            "timeout_s": request.timeout_s,
+            "output_limit": request.output_limit,
+            "spool_limit": request.spool_limit,
+            "stream": request.stream,
+        }
+        body = request.stdin
+        if request.code is not None:
+            header.update(code_size=len(request.code), fresh=request.fresh)
+            body = request.code + request.stdin
+        else:
+            header["argv"] = list(request.argv)
+        header["body"] = len(body)
+        async for event in self._follow(request.id, 0, header, body):
+            yield event
+
+    async def attach(self, exec_id: str, offset: int = 0) -> AsyncIterator[Event]:
+        """The exec's events from an offset of its log on; for execs that an earlier daemon started."""
+        async for event in self._follow(exec_id, offset, _attach_header(exec_id, offset), b""):
+            yield event
+
+    async def _follow(
+        self, exec_id: str, offset: int, header: dict[str, Any], body: bytes
+    ) -> AsyncIterator[Event]:
+        attempt = 0
+        while True:
+            stream = await self._dial(CALL_TIMEOUT_S if attempt == 0 else REATTACH_TIMEOUT_S)
+            finished = False
+            try:
+                _send(stream, header, body)
+                _check(await _read_header(stream))
+                while not finished:
+                    event, size = await _read_event(stream)
+                    offset += size
+                    finished = isinstance(event, Outcome)
+                    if finished:
+                        stream.release()
+                    yield event
+                return
+            except (asyncio.IncompleteReadError, ConnectionError, BrokenPipeError) as error:
+                attempt += 1
+                if attempt > 5:
+                    raise LinkBrokenError(f"lost the agent while following exec {exec_id}") from error
+            except AgentRefusedError as error:
+                stream.release()
+                finished = True
+                # The request was sent, the answer lost, and the exec may run: its id tells, it never runs twice.
+                if error.agent_code != "exec_exists" or attempt == 0:
+                    raise
+            finally:
+                if not finished:
+                    stream.close()
+            # The first request may have been lost on its way; only then may it be sent again.
+            known = offset > 0 or await self._knows(exec_id)
+            if known:
+                header, body = _attach_header(exec_id, offset), b""
+
+    async def _knows(self, exec_id: str) -> bool:
+        return exec_id in (await self.hello(REATTACH_TIMEOUT_S)).execs
+
+    async def read_file(self, path: str) -> tuple[int, AsyncIterator[bytes]]:
+        """The file's size when it was opened, and its bytes. The iterator must be used up or closed."""
+        stream = await self._dial(CALL_TIMEOUT_S)
+        try:
+            _send(stream, {"op": "read_file", "path": path}, b"")
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                reply = _check(await _read_header(stream))
+        except (asyncio.IncompleteReadError, ConnectionError, TimeoutError) as error:
+            stream.close()
+            raise LinkBrokenError("the agent hung up before the file") from error
+        except BaseException:
+            stream.close()
+            raise
+        return _integer(reply, "size"), _file_chunks(stream)
+
+    async def write_file(self, path: str, chunks: AsyncIterable[bytes]) -> tuple[int, bool]:
+        """Writes the file in one step at the end; returns its size and whether it is new."""
+        stream = await self._dial(CALL_TIMEOUT_S)
+        answer = asyncio.ensure_future(_read_header(stream))
+        try:
+            _send(stream, {"op": "write_file", "path": path}, b"")
+            await _send_chunks(stream, chunks, answer)
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                reply = _check(await answer)
+        except (asyncio.IncompleteReadError, ConnectionError, TimeoutError) as error:
+            raise LinkBrokenError("the agent hung up before the file was written") from error
+        finally:
+            answer.cancel()
+            stream.close()
+        return _integer(reply, "size"), reply.get("created") is True
+
+    async def _call(self, header: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        stream = await self._dial(timeout_s)
+        done = False
+        try:
+            async with asyncio.timeout(timeout_s):
+                _send(stream, header, b"")
+                reply = await _read_header(stream)
+            done = True
+        except (asyncio.IncompleteReadError, ConnectionError, TimeoutError) as error:
+            raise LinkBrokenError(f"the agent did not answer {header['op']!r}") from error
+        finally:
+            if done:
+                stream.release()
+            else:
+                stream.close()
+        return _check(reply)
+
+
+def _attach_header(exec_id: str, offset: int) -> dict[str, Any]:
+    return {"op": "attach", "id": exec_id, "offset": offset}
+
+
+def _send(stream: Stream, header: dict[str, Any], body: bytes) -> None:
+    stream.writer.write(protocol.pack_header(header) + body)
+
+
+async def _send_chunks(stream: Stream, chunks: AsyncIterable[bytes], answer: asyncio.Future[Any]) -> None:
+    """Sends the data unless the agent answers before its end: then there is an error to be read."""
+    try:
+        async for chunk in chunks:
+            for start in range(0, len(chunk), WRITE_CHUNK):
+                stream.writer.write(
+                    protocol.pack_record(protocol.RECORD_DATA, chunk[start : start + WRITE_CHUNK])
+                )
+                await stream.writer.drain()
+            if answer.done():
+                return
+        stream.writer.write(protocol.pack_record(protocol.RECORD_END, b""))
+        await stream.writer.drain()
+    except ConnectionError:
+        # The agent hung up: its last word, if there is one, says why.
+        return
+
+
+async def _read_header(stream: Stream) -> dict[str, Any]:
+    try:
+        size = protocol.header_length(await stream.reader.readexactly(4))
+        return protocol.parse_header(await stream.reader.readexactly(size))
+    except protocol.ProtocolError as error:
+        raise LinkBrokenError(f"the agent broke the protocol: {error}") from error
+
+
+def _check(reply: dict[str, Any]) -> dict[str, Any]:
+    if reply.get("ok") is True:
+        return reply
+    code = reply.get("code")
+    if not isinstance(code, str) or code not in protocol.ERROR_CODES:
+        raise LinkBrokenError("the agent answered with an unknown error code")
+    raise AgentRefusedError(code, _text(reply.get("message"), 1000))
+
+
+async def _read_record(stream: Stream) -> tuple[int, bytes]:
+    kind, size = protocol.RECORD.unpack(await stream.reader.readexactly(protocol.RECORD.size))
+    if size > protocol.MAX_RECORD:
+        raise LinkBrokenError(f"the agent sent a record of {size} bytes, over the cap")
+    return kind, await stream.reader.readexactly(size)
+
+
+async def _read_event(stream: Stream) -> tuple[Event, int]:
+    kind, payload = await _read_record(stream)
+    size = protocol.RECORD.size + len(payload)
+    if kind in (protocol.RECORD_STDOUT, protocol.RECORD_STDERR):
+        return Output(kind == protocol.RECORD_STDERR, payload), size
+    if kind == protocol.RECORD_ERROR:
+        return _failure(payload), size
+    if kind == protocol.RECORD_END:
+        return _outcome(payload), size
+    raise LinkBrokenError(f"the agent sent a record of unknown kind {kind}")
+
+
+async def _file_chunks(stream: Stream) -> AsyncIterator[bytes]:
+    try:
+        while True:
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                kind, payload = await _read_record(stream)
+            if kind == protocol.RECORD_END:
+                return
+            if kind != protocol.RECORD_DATA:
+                raise LinkBrokenError("the agent could not read the file to its end")
+            yield payload
+    except (asyncio.IncompleteReadError, ConnectionError, TimeoutError) as error:
+        raise LinkBrokenError("the agent hung up in the middle of the file") from error
+    finally:
+        stream.close()
+
+
+def _failure(payload: bytes) -> Failure:
+    """What the tenant's process says of itself; garbage is shown as such, never trusted."""
+    try:
+        fact = json.loads(payload)
+    except (ValueError, RecursionError):
+        fact = None
+    if not isinstance(fact, dict):
+        return Failure("Error", "", "")
+    return Failure(
+        name=_text(fact.get("name"), 200),
+        value=_text(fact.get("value"), 8192),
+        traceback=_text(fact.get("traceback"), 64 * 1024),
+    )
+
+
+def _outcome(payload: bytes) -> Outcome:
+    try:
+        end = protocol.parse_header(payload)
+    except protocol.ProtocolError as error:
+        raise LinkBrokenError("the agent sent an outcome that is not JSON") from error
+    reason = end.get("reason")
+    if reason not in ("exit", "timeout", "killed", "oom"):
+        raise LinkBrokenError("the agent sent an unknown reason")
+    return Outcome(
+        reason=reason,
+        exit_code=None if end.get("exit_code") is None else _integer(end, "exit_code"),
+        signal=None if end.get("signal") is None else _integer(end, "signal"),
+        truncated=end.get("truncated") is True,
+        spool=None if end.get("spool") is None else _text(end["spool"], 500),
+        duration_ms=_number(end, "duration_ms"),
+        cpu_ms=_number(end, "cpu_ms"),
+        max_rss_kb=_integer(end, "max_rss_kb"),
+    )
+
+
+def _integer(fact: dict[str, Any], name: str) -> int:
+    value = fact.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or not -(2**53) < value < 2**53:
+        raise LinkBrokenError(f"the agent sent no number as {name}")
+    return value
+
+
+def _number(fact: dict[str, Any], name: str) -> float:
+    value = fact.get(name)
+    if not isinstance(value, _NUMBER) or isinstance(value, bool) or not math.isfinite(value):
+        raise LinkBrokenError(f"the agent sent no number as {name}")
+    return float(value)
+
+
+def _text(value: object, limit: int) -> str:
+    """Text that can be encoded again: lone surrogates, which JSON allows, are replaced."""
+    text = value if isinstance(value, str) else ""
+    return text[:limit].encode("utf-8", "replace").decode()

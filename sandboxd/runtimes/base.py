@@ -1,0 +1,143 @@
+"""The runtime contract: what every driver offers, in words that name no engine.
+
+No exec, terminal or file call is in it: those are the agent protocol over `dial()`. Handles are opaque to
+everything above a driver.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NewType, Protocol
+
+Handle = NewType("Handle", str)
+
+
+class Phase(StrEnum):
+    CREATED = "created"
+    RUNNING = "running"
+    EXITED = "exited"
+    # The engine says that there is no such sandbox; an engine that does not answer raises instead.
+    GONE = "gone"
+
+
+@dataclass(frozen=True, slots=True)
+class SandboxSpec:
+    """All that a driver needs to make one sandbox. Sizes in MiB, CPU in cores."""
+
+    id: str
+    project_id: str
+    image: str
+    cpus: float
+    memory_mb: int
+    disk_mb: int
+    max_files: int
+    max_processes: int
+    uid: int
+    runtime: str
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    phase: Phase
+    oom_killed: bool = False
+    exit_code: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Owned:
+    """A sandbox of this installation as the engine knows it."""
+
+    sandbox_id: str
+    handle: Handle
+    phase: Phase
+
+
+@dataclass(frozen=True, slots=True)
+class Exited:
+    """Something in the engine ended by itself."""
+
+    sandbox_id: str
+    handle: Handle
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """An image that sandboxes can start from: its content's digest, and the agent can run in it."""
+
+    ref: str
+    digest: str
+    python: str
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line of the self-check: what was found, what it means, and how to mend it."""
+
+    name: str
+    status: str  # ok, warn or fail
+    value: str
+    message: str
+    fix: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    runtime: str
+    isolation_level: int
+    pause: bool = False
+    snapshot: bool = False
+    checks: Sequence[Check] = field(default_factory=tuple)
+
+
+class Stream(Protocol):
+    """One authenticated connection to an agent, between requests."""
+
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+    def release(self) -> None:
+        """Gives a connection back that is between requests; another caller may get it."""
+
+    def close(self) -> None:
+        """Ends the connection. May be called twice, and after `release` it does nothing."""
+
+
+class Runtime(Protocol):
+    """Makes, ends, observes and reaches sandboxes. Every call has a deadline of its own; all raise
+    EngineUnavailableError when the engine does not answer."""
+
+    async def start(self) -> None:
+        """Opens the driver. Raises RuntimeFaultError when this engine cannot serve (see the message)."""
+
+    async def close(self) -> None:
+        """Closes connections and listeners; sandboxes live on. May be called twice."""
+
+    async def ping(self) -> None: ...
+
+    async def capabilities(self) -> Capabilities: ...
+
+    async def create(self, spec: SandboxSpec) -> Handle:
+        """Makes and starts a sandbox. Idempotent by spec.id: one that exists is adopted."""
+
+    async def delete(self, sandbox_id: str) -> None:
+        """Ends the sandbox and removes all its traces. Idempotent: a missing one is success."""
+
+    async def adopt(self, sandbox_id: str, handle: Handle) -> None:
+        """Takes up a sandbox that an earlier process of this daemon made: its agent redials."""
+
+    async def observe(self, handle: Handle) -> Observation: ...
+
+    async def list(self) -> Sequence[Owned]:
+        """The sandboxes of this installation and no others."""
+
+    def watch(self) -> AsyncIterator[Exited]:
+        """Sandboxes that end by themselves, as they do; ends when the engine hangs up."""
+
+    async def dial(self, sandbox_id: str, timeout_s: float) -> Stream:
+        """A connection to the sandbox's agent. Raises AgentUnreachableError after `timeout_s`."""
+
+
+class ImageStore(Protocol):
+    async def ensure_image(self, ref: str) -> Image:
+        """The image behind a name, ready to start from. Raises ImageNotFoundError, ImageUnusableError."""

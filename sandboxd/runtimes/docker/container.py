@@ -1,0 +1,120 @@
+"""What the hardened container of a sandbox looks like to the engine.
+
+Each line is there for an attack; docs/design/isolation.md has the table.
+"""
+
+import json
+from importlib.resources import files
+from typing import Any
+
+from sandboxd.runtimes.base import SandboxSpec
+
+OWNER_LABEL = "sandboxd.owner"
+SANDBOX_LABEL = "sandboxd.sandbox"
+PROJECT_LABEL = "sandboxd.project"
+
+AGENT_TARGET = "/opt/e80"
+LINK_TARGET = "/run/e80"
+
+# Root without rights, but for those a PID 1 needs to become the tenant and to end what the tenant started.
+CAPABILITIES = ["SETUID", "SETGID", "KILL"]
+
+# The agent's own processes come on top of what tenant code may start.
+AGENT_PROCESSES = 32
+
+_BOOT = f"import sys; sys.path.insert(0, {AGENT_TARGET!r}); from e80_agent.main import main; main({LINK_TARGET!r})"
+# Docker's own list, and what says something about the host that no program needs.
+_MASKED = [
+    "/proc/acpi",
+    "/proc/asound",
+    "/proc/config.gz",
+    "/proc/interrupts",
+    "/proc/kallsyms",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/modules",
+    "/proc/sched_debug",
+    "/proc/scsi",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/sys/firmware",
+]
+_READ_ONLY = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]
+
+
+def seccomp_profile() -> str:
+    """The profile as the engine takes it: JSON text."""
+    return json.dumps(json.loads((files(__package__) / "seccomp.json").read_text()), separators=(",", ":"))
+
+
+def container_config(
+    spec: SandboxSpec, *, owner: str, link_dir: str, agent_dir: str, workspace_dir: str, seccomp: str
+) -> dict[str, Any]:
+    """The body of the engine's create call."""
+    return {
+        "Image": spec.image,
+        "Entrypoint": ["python3", "-I", "-S", "-B", "-c", _BOOT],
+        "Cmd": [],
+        "User": "0:0",
+        "WorkingDir": "/",
+        "Hostname": "sandbox",
+        "Labels": {OWNER_LABEL: owner, SANDBOX_LABEL: spec.id, PROJECT_LABEL: spec.project_id},
+        "Healthcheck": {"Test": ["NONE"]},
+        "StopSignal": "SIGKILL",
+        "HostConfig": {
+            "Runtime": spec.runtime,
+            "NetworkMode": "none",
+            "CapDrop": ["ALL"],
+            "CapAdd": CAPABILITIES,
+            "SecurityOpt": ["no-new-privileges", f"seccomp={seccomp}"],
+            "ReadonlyRootfs": True,
+            "MaskedPaths": _MASKED,
+            "ReadonlyPaths": _READ_ONLY,
+            "IpcMode": "private",
+            "CgroupnsMode": "private",
+            "LogConfig": {"Type": "none"},
+            "RestartPolicy": {"Name": "no"},
+            "NanoCpus": int(spec.cpus * 1e9),
+            "Memory": spec.memory_mb * 1024 * 1024,
+            "MemorySwap": spec.memory_mb * 1024 * 1024,
+            "PidsLimit": spec.max_processes + AGENT_PROCESSES,
+            "Ulimits": [
+                {"Name": "nofile", "Soft": 4096, "Hard": 4096},
+                {"Name": "core", "Soft": 0, "Hard": 0},
+            ],
+            # Without a limit of their own, files here would cost host memory outside the workspace's quota.
+            "Tmpfs": {"/dev/shm": "rw,nosuid,nodev,noexec,mode=1777,size=64m,nr_inodes=4096"},
+            "Mounts": [
+                _bind(agent_dir, AGENT_TARGET, read_only=True),
+                _bind(link_dir, LINK_TARGET, read_only=True),
+                _bind(f"{link_dir}/passwd", "/etc/passwd", read_only=True),
+                _bind(f"{link_dir}/group", "/etc/group", read_only=True),
+                _bind(f"{workspace_dir}/home", "/home/user", read_only=False),
+                _bind(f"{workspace_dir}/tmp", "/tmp", read_only=False),
+            ],
+        },
+    }
+
+
+def passwd(uid: int) -> str:
+    """Names for the ids that programs look up; the tenant's is this sandbox's own."""
+    return (
+        "root:x:0:0:root:/root:/usr/sbin/nologin\n"
+        "nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n"
+        f"user:x:{uid}:{uid}:user:/home/user:/bin/bash\n"
+    )
+
+
+def group(gid: int) -> str:
+    return f"root:x:0:\ntty:x:5:\nnogroup:x:65534:\nuser:x:{gid}:\n"
+
+
+def _bind(source: str, target: str, *, read_only: bool) -> dict[str, Any]:
+    return {
+        "Type": "bind",
+        "Source": source,
+        "Target": target,
+        "ReadOnly": read_only,
+        "BindOptions": {"Propagation": "rprivate"},
+    }

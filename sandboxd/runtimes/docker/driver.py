@@ -1,0 +1,235 @@
+"""The Docker driver of the runtime contract. The only part of the daemon that knows containers."""
+
+import asyncio
+import json
+import os
+import shutil
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import docker
+import httpx2
+import structlog
+
+from sandboxd.kit.settings import Settings
+from sandboxd.runtimes.base import (
+    Capabilities,
+    Exited,
+    Handle,
+    Image,
+    Observation,
+    Owned,
+    Phase,
+    SandboxSpec,
+)
+from sandboxd.runtimes.docker import container, selfcheck
+from sandboxd.runtimes.docker.agent_files import AgentFiles
+from sandboxd.runtimes.docker.engine import AlreadyExists, Engine, NotFound
+from sandboxd.runtimes.docker.link import Link, PeerCheck, write_config
+from sandboxd.runtimes.docker.workspace import Workspaces
+from sandboxd.runtimes.errors import (
+    AgentUnreachableError,
+    EngineUnavailableError,
+    RuntimeFaultError,
+    SpecRefusedError,
+)
+
+log = structlog.get_logger(__name__)
+
+# More starts at once only make each of them slower: a start is some 200 ms of work on every core.
+CONCURRENT_STARTS = 4
+_PHASES = {
+    "created": Phase.CREATED,
+    "running": Phase.RUNNING,
+    "paused": Phase.RUNNING,
+    "restarting": Phase.RUNNING,
+}
+
+
+class DockerRuntime:
+    """See runtimes.base.Runtime and ImageStore."""
+
+    def __init__(self, settings: Settings, owner: str) -> None:
+        self._settings = settings
+        self._owner = owner
+        self._engine = Engine(settings.docker_url)
+        self._workspaces = Workspaces(settings.state_dir / "workspaces")
+        self._agent_files = AgentFiles(self._engine, settings.state_dir / "agents", owner)
+        self._links_dir = settings.run_dir / "links"
+        self._links: dict[str, Link] = {}
+        self._starts = asyncio.Semaphore(CONCURRENT_STARTS)
+        self._seccomp = container.seccomp_profile()
+
+    async def start(self) -> None:
+        self._links_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
+        self._workspaces.open()
+        await self._engine.open()
+
+    async def close(self) -> None:
+        for link in list(self._links.values()):
+            await link.close()
+        self._links.clear()
+        await self._engine.close()
+
+    async def ping(self) -> None:
+        await self._engine.call(lambda client: client.ping(), timeout_s=2.0)
+
+    async def capabilities(self) -> Capabilities:
+        info = await self._engine.call(lambda client: client.info())
+        return await asyncio.to_thread(selfcheck.inspect, info, self._settings)
+
+    async def ensure_image(self, ref: str) -> Image:
+        return await self._agent_files.ensure_image(ref)
+
+    async def create(self, spec: SandboxSpec) -> Handle:
+        if spec.runtime == "runsc":
+            info = await self._engine.call(lambda client: client.info())
+            if "runsc" not in info.get("Runtimes", {}):
+                raise SpecRefusedError(
+                    "the engine has no runtime 'runsc'; register it or set SANDBOXD_RUNTIME=runc"
+                )
+        async with self._starts:
+            return await self._create(spec)
+
+    async def _create(self, spec: SandboxSpec) -> Handle:
+        self._workspaces.prepare(spec.id)
+        folder = self._write_link_folder(spec)
+        link = Link(spec.id, folder, None)
+        self._links[spec.id] = link
+        await link.open()
+        config = container.container_config(
+            spec,
+            owner=self._owner,
+            link_dir=str(folder),
+            agent_dir=str(self._agent_files.path(spec.image)),
+            workspace_dir=str(self._workspaces.mount_point(spec.id)),
+            seccomp=self._seccomp,
+        )
+        async with asyncio.TaskGroup() as group:
+            # The engine only looks at the mounts when it starts the container.
+            made = group.create_task(self._make_container(spec.id, config))
+            group.create_task(self._workspaces.create(spec.id, spec.disk_mb, spec.max_files, spec.uid))
+        handle = made.result()
+        link.peer_check = self._peer_check(handle, spec.runtime)
+        await self._engine.call(lambda client: client.start(handle))
+        return handle
+
+    async def _make_container(self, sandbox_id: str, config: dict[str, Any]) -> Handle:
+        try:
+            made = await self._engine.call(
+                lambda client: client.create_container_from_config(config, sandbox_id)
+            )
+        except AlreadyExists:
+            made = await self._engine.call(lambda client: client.inspect_container(sandbox_id))
+        except NotFound as error:
+            raise RuntimeFaultError(f"the image of sandbox {sandbox_id} has just been removed") from error
+        return Handle(str(made["Id"]))
+
+    def _write_link_folder(self, spec: SandboxSpec) -> Path:
+        folder = self._links_dir / spec.id
+        if not (folder / "config.json").exists():
+            folder.mkdir(mode=0o711, exist_ok=True)
+            folder.chmod(0o711)
+            for name, text in (("passwd", container.passwd(spec.uid)), ("group", container.group(spec.uid))):
+                (folder / name).write_text(text)
+                (folder / name).chmod(0o644)
+            write_config(folder, spec.uid, spec.max_processes)
+        return folder
+
+    def _peer_check(self, handle: Handle, runtime: str) -> PeerCheck | None:
+        if runtime != "runc":
+            # gVisor's connections come from its sentry, which is not in the container's cgroup.
+            return None
+
+        def is_inside(pid: int) -> bool:
+            try:
+                return handle in Path(f"/proc/{pid}/cgroup").read_text()
+            except OSError:
+                return False
+
+        return is_inside
+
+    async def delete(self, sandbox_id: str) -> None:
+        link = self._links.pop(sandbox_id, None)
+        if link is not None:
+            await link.close()
+        try:
+            await self._engine.call(lambda client: client.remove_container(sandbox_id, force=True, v=True))
+        except NotFound:
+            pass
+        except AlreadyExists:
+            # "Removal is already in progress": wait for it, so that the workspace is free afterwards.
+            await self._until_gone(sandbox_id)
+        await self._workspaces.remove(sandbox_id)
+        await asyncio.to_thread(shutil.rmtree, self._links_dir / sandbox_id, True)
+
+    async def _until_gone(self, sandbox_id: str) -> None:
+        async with asyncio.timeout(30):
+            while (await self.observe(Handle(sandbox_id))).phase is not Phase.GONE:
+                await asyncio.sleep(0.05)
+
+    async def adopt(self, sandbox_id: str, handle: Handle) -> None:
+        if sandbox_id in self._links:
+            return
+        link = Link(
+            sandbox_id, self._links_dir / sandbox_id, self._peer_check(handle, self._settings.runtime)
+        )
+        try:
+            await link.open()
+        except (OSError, ValueError, KeyError) as error:
+            raise RuntimeFaultError(f"the link folder of sandbox {sandbox_id} is gone: {error}") from error
+        self._links[sandbox_id] = link
+
+    async def observe(self, handle: Handle) -> Observation:
+        try:
+            facts = await self._engine.call(lambda client: client.inspect_container(handle))
+        except NotFound:
+            return Observation(Phase.GONE)
+        state = facts["State"]
+        phase = _PHASES.get(state["Status"], Phase.EXITED)
+        return Observation(phase, bool(state.get("OOMKilled")), state.get("ExitCode"))
+
+    async def list(self) -> Sequence[Owned]:
+        filters = {"label": [f"{container.OWNER_LABEL}={self._owner}", container.SANDBOX_LABEL]}
+        found = await self._engine.call(lambda client: client.containers(all=True, filters=filters))
+        return [
+            Owned(
+                sandbox_id=item["Labels"][container.SANDBOX_LABEL],
+                handle=Handle(item["Id"]),
+                phase=_PHASES.get(item["State"], Phase.EXITED),
+            )
+            for item in found
+        ]
+
+    async def watch(self) -> AsyncIterator[Exited]:
+        # docker-py's events() holds a thread for ever; this connection ends when its reader is cancelled.
+        path = self._settings.docker_url.removeprefix("unix://")
+        filters = {
+            "type": ["container"],
+            "event": ["die"],
+            "label": [f"{container.OWNER_LABEL}={self._owner}"],
+        }
+        transport = httpx2.AsyncHTTPTransport(uds=path)
+        timeout = httpx2.Timeout(10.0, read=None)
+        async with httpx2.AsyncClient(transport=transport, timeout=timeout) as client:
+            request = client.stream("GET", "http://engine/events", params={"filters": json.dumps(filters)})
+            try:
+                async with request as response:
+                    async for line in response.aiter_lines():
+                        event = json.loads(line)
+                        sandbox_id = event["Actor"]["Attributes"].get(container.SANDBOX_LABEL)
+                        if sandbox_id:
+                            yield Exited(sandbox_id, Handle(event["Actor"]["ID"]))
+            except httpx2.HTTPError as error:
+                raise EngineUnavailableError(f"lost the engine's events: {error}") from error
+
+    async def dial(self, sandbox_id: str, timeout_s: float) -> Any:
+        link = self._links.get(sandbox_id)
+        if link is None:
+            raise AgentUnreachableError(f"sandbox {sandbox_id} is not served by this daemon")
+        return await link.dial(timeout_s)
+
+    def leftovers(self) -> set[str]:
+        """Ids of which something is left on this host: a workspace or a link folder."""
+        return {*self._workspaces.list(), *os.listdir(self._links_dir)}

@@ -1,0 +1,216 @@
+"""The daemon's end of the link to one agent: listens, checks who dials, keeps the connections that wait.
+
+The socket and the key lie in a folder of the daemon's that the container sees read-only. A connection counts
+only after its peer has proved the key; where the peer's process can be seen, it must be in the container.
+"""
+
+import asyncio
+import contextlib
+import hmac
+import json
+import os
+import secrets
+import socket
+import struct
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+import structlog
+
+from e80_agent import protocol
+from sandboxd.runtimes.errors import AgentUnreachableError
+
+log = structlog.get_logger(__name__)
+
+_HANDSHAKE_S = 5.0
+_MAX_IDLE = 8
+_READ_LIMIT = 1024 * 1024
+_PEER = struct.Struct("3i")
+
+PeerCheck = Callable[[int], bool]
+
+
+class LinkStream:
+    """One proved connection; see runtimes.base.Stream."""
+
+    def __init__(self, link: "Link", reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+        self._link = link
+        self._open = True
+
+    def release(self) -> None:
+        if self._open and not self._link.take_back(self):
+            self.close()
+
+    def close(self) -> None:
+        if self._open:
+            self._open = False
+            self._link.closed(self)
+            self.writer.close()
+
+    @property
+    def usable(self) -> bool:
+        return self._open and not self.reader.at_eof() and not self.writer.is_closing()
+
+
+class Link:
+    """The listener of one sandbox. `open` may follow `close` in another process: the agent redials."""
+
+    def __init__(self, sandbox_id: str, folder: Path, peer_check: PeerCheck | None) -> None:
+        self.sandbox_id = sandbox_id
+        self.folder = folder
+        self.peer_check = peer_check
+        self.reconnects = -1
+        self._key = b""
+        self._server: asyncio.Server | None = None
+        self._control: asyncio.StreamWriter | None = None
+        self._idle: deque[LinkStream] = deque()
+        self._streams: set[LinkStream] = set()
+        self._handshakes = 0
+        self._waiting: deque[asyncio.Future[LinkStream]] = deque()
+        self._asked = 0
+
+    async def open(self) -> None:
+        """Reads the key that `write_config` left and listens. Raises OSError when the folder is not there."""
+        self._key = bytes.fromhex(json.loads((self.folder / "config.json").read_bytes())["key"])
+        path = self.folder / "agent.sock"
+        path.unlink(missing_ok=True)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.bind(str(path))
+            path.chmod(0o600)
+            self._server = await asyncio.start_unix_server(
+                self._accept, sock=sock, limit=_READ_LIMIT, backlog=protocol.MAX_CONNECTIONS
+            )
+        except BaseException:
+            sock.close()
+            raise
+
+    async def close(self) -> None:
+        """Stops listening and hangs up. The files stay: they belong to the sandbox, not to this process."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        if self._control is not None:
+            self._control.close()
+        for stream in list(self._streams):
+            stream.close()
+        for future in self._waiting:
+            future.cancel()
+        self._waiting.clear()
+
+    async def dial(self, timeout_s: float) -> LinkStream:
+        """A connection that waits, or the next that the agent makes. Raises AgentUnreachableError."""
+        while self._idle:
+            stream = self._idle.pop()
+            if stream.usable:
+                return stream
+            stream.close()
+        future: asyncio.Future[LinkStream] = asyncio.get_running_loop().create_future()
+        self._waiting.append(future)
+        self._ask()
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await future
+        except TimeoutError as error:
+            raise AgentUnreachableError(
+                f"the agent of sandbox {self.sandbox_id} did not connect within {timeout_s:g} s"
+            ) from error
+        finally:
+            if future in self._waiting:
+                self._waiting.remove(future)
+
+    def take_back(self, stream: LinkStream) -> bool:
+        """Hands the stream to who waits for one, or keeps it; False when it is of no more use."""
+        if not stream.usable:
+            return False
+        while self._waiting:
+            future = self._waiting.popleft()
+            if not future.done():
+                future.set_result(stream)
+                return True
+        if len(self._idle) >= _MAX_IDLE:
+            return False
+        self._idle.append(stream)
+        return True
+
+    def closed(self, stream: LinkStream) -> None:
+        self._streams.discard(stream)
+
+    @property
+    def connected(self) -> bool:
+        return self._control is not None
+
+    def _ask(self) -> None:
+        """Asks the agent for as many connections as are waited for and not already on their way."""
+        missing = len(self._waiting) - self._asked
+        if self._control is not None and missing > 0:
+            self._control.write(bytes([min(missing, protocol.MAX_CONNECTIONS)]))
+            self._asked += missing
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # A border: whatever the peer does, it costs this connection and nothing else.
+        try:
+            role = await self._handshake(reader, writer)
+        except (OSError, TimeoutError, asyncio.IncompleteReadError, protocol.ProtocolError) as error:
+            log.warning("link.refused", sandbox_id=self.sandbox_id, reason=str(error) or type(error).__name__)
+            writer.close()
+            return
+        if role == protocol.ROLE_CONTROL:
+            await self._serve_control(reader, writer)
+            return
+        self._asked = max(0, self._asked - 1)
+        stream = LinkStream(self, reader, writer)
+        self._streams.add(stream)
+        stream.release()
+
+    async def _handshake(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+        if self._handshakes + len(self._streams) >= protocol.MAX_CONNECTIONS:
+            raise protocol.ProtocolError("too many connections")
+        self._handshakes += 1
+        try:
+            self._check_peer(writer)
+            nonce = secrets.token_bytes(protocol.NONCE_SIZE)
+            writer.write(nonce)
+            async with asyncio.timeout(_HANDSHAKE_S):
+                answer = await reader.readexactly(protocol.PROOF_SIZE)
+        finally:
+            self._handshakes -= 1
+        role = answer[:1]
+        if role not in (protocol.ROLE_CONTROL, protocol.ROLE_STREAM):
+            raise protocol.ProtocolError("unknown role")
+        if not hmac.compare_digest(answer, protocol.proof(self._key, role, nonce)):
+            raise protocol.ProtocolError("wrong key")
+        return role
+
+    def _check_peer(self, writer: asyncio.StreamWriter) -> None:
+        if self.peer_check is None:
+            return
+        sock = writer.get_extra_info("socket")
+        pid, _uid, _gid = _PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+        if not self.peer_check(pid):
+            raise protocol.ProtocolError(f"process {pid} is not in the container")
+
+    async def _serve_control(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._control is not None:
+            self._control.close()
+        self._control = writer
+        self._asked = 0
+        self.reconnects += 1
+        self._ask()
+        with contextlib.suppress(OSError):
+            # The agent sends nothing here: anything read, and the end, ends the connection.
+            await reader.read(1)
+        writer.close()
+        if self._control is writer:
+            self._control = None
+
+
+def write_config(folder: Path, uid: int, max_processes: int) -> None:
+    """The agent's configuration with a new key, readable by root only: the tenant sees the folder."""
+    config = {"key": secrets.token_hex(32), "uid": uid, "gid": uid, "max_processes": max_processes}
+    fd = os.open(folder / "config.json", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o400)
+    with os.fdopen(fd, "w") as file:
+        json.dump(config, file)

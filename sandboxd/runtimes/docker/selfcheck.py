@@ -1,0 +1,205 @@
+"""What this host and engine can promise: one line per fact, with the fix where something falls short."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from sandboxd.kit.settings import Settings
+from sandboxd.runtimes.base import Capabilities, Check
+
+# First fixed releases of runc, from its own security advisories.
+_RUNC_FIXES = [
+    ((1, 1, 12), "CVE-2024-21626"),
+    ((1, 1, 14), "CVE-2024-45310"),
+    ((1, 2, 8), "CVE-2025-31133, CVE-2025-52565, CVE-2025-52881"),
+]
+# Debian's backports, from its changelog: the release string that has the fix although the number is lower.
+_DEBIAN_BACKPORTS = {"CVE-2024-21626": "1.1.5+ds1-1+deb12u1"}
+_GIB = 1024**3
+
+
+def inspect(info: dict[str, Any], settings: Settings) -> Capabilities:
+    """Reads the engine's own account and the host's limits. Blocking."""
+    options = [str(item) for item in info.get("SecurityOptions") or []]
+    userns = any("userns" in item for item in options)
+    level = 2 if settings.runtime == "runsc" else 1 if userns else 0
+    checks = [
+        _isolation(level, settings.runtime),
+        _engine(info),
+        _runtime_version(info, settings.runtime),
+        _seccomp(options, settings.runtime),
+        _userns(userns),
+        _live_restore(info),
+        _cgroup(info),
+        _tool("mkfs.ext4", "apt-get install e2fsprogs"),
+        _tool("mount", "apt-get install mount"),
+        _loop_devices(),
+        _processes(),
+        _memory(info),
+        _disk(settings.state_dir),
+    ]
+    return Capabilities(runtime=settings.runtime, isolation_level=level, checks=checks)
+
+
+def _isolation(level: int, runtime: str) -> Check:
+    names = {0: "runc", 1: "runc with user namespaces", 2: "gVisor"}
+    message = {
+        0: "containers share the host's kernel: a bug in it can be an escape",
+        1: "root in a container is nobody on the host; the kernel is still shared",
+        2: "tenant code meets gVisor's kernel, not the host's",
+    }
+    fix = "for hostile tenants install gVisor and set SANDBOXD_RUNTIME=runsc" if level == 0 else ""
+    return Check(
+        "isolation", "warn" if level == 0 else "ok", f"{level} ({names[level]})", message[level], fix
+    )
+
+
+def _engine(info: dict[str, Any]) -> Check:
+    return Check("engine", "ok", str(info.get("ServerVersion")), f"storage {info.get('Driver')}")
+
+
+def _runtime_version(info: dict[str, Any], runtime: str) -> Check:
+    name = "runtime"
+    if runtime not in info.get("Runtimes", {}):
+        return Check(
+            name, "fail", runtime, "the engine does not know this runtime", "register it in daemon.json"
+        )
+    if runtime != "runc":
+        return Check(name, "ok", runtime, "registered with the engine")
+    text = _runc_version()
+    found = re.search(r"(\d+)\.(\d+)\.(\d+)", text)
+    if found is None:
+        return Check(name, "warn", text, "cannot tell the version of runc", "check its advisories yourself")
+    version = tuple(int(part) for part in found.groups())
+    # Debian's full release is in the engine's account, runc itself prints only the upstream part.
+    release = str(info.get("RuncCommit", {}).get("ID", ""))
+    known = [
+        cve for fixed, cve in _RUNC_FIXES if version < fixed and release != _DEBIAN_BACKPORTS.get(cve, "-")
+    ]
+    if known:
+        return Check(
+            name,
+            "warn",
+            f"runc {text}",
+            f"known vulnerabilities: {', '.join(known)}",
+            "upgrade runc to 1.2.8 or newer",
+        )
+    return Check(name, "ok", f"runc {text}", "no known vulnerability in our list")
+
+
+def _runc_version() -> str:
+    try:
+        out = subprocess.run(
+            ["runc", "--version"], capture_output=True, text=True, timeout=5, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return out.split("\n", 1)[0].removeprefix("runc version ").strip()[:60]
+
+
+def _seccomp(options: list[str], runtime: str) -> Check:
+    if runtime == "runsc":
+        return Check("seccomp", "ok", "gVisor's own", "the sentry filters its calls to the host by itself")
+    if any("seccomp" in item for item in options):
+        return Check("seccomp", "ok", "own profile", "an allow list that is stricter than the engine's")
+    return Check(
+        "seccomp",
+        "fail",
+        "off",
+        "the engine cannot filter system calls",
+        "use a kernel and engine with seccomp",
+    )
+
+
+def _userns(userns: bool) -> Check:
+    if userns:
+        return Check(
+            "user_namespaces",
+            "fail",
+            "on",
+            "workspaces for remapped ids are not supported yet",
+            "turn userns-remap off",
+        )
+    return Check(
+        "user_namespaces",
+        "ok",
+        "off",
+        "the agent is the host's root without rights; tenants have ids of their own",
+    )
+
+
+def _live_restore(info: dict[str, Any]) -> Check:
+    if info.get("LiveRestoreEnabled"):
+        return Check("live_restore", "ok", "on", "sandboxes survive a restart of the engine")
+    return Check(
+        "live_restore",
+        "warn",
+        "off",
+        "a restart of the engine ends every sandbox",
+        'put {"live-restore": true} into /etc/docker/daemon.json and reload dockerd',
+    )
+
+
+def _cgroup(info: dict[str, Any]) -> Check:
+    missing = [
+        name for name in ("MemoryLimit", "SwapLimit", "PidsLimit", "CpuCfsQuota") if not info.get(name)
+    ]
+    value = f"v{info.get('CgroupVersion')}"
+    if missing:
+        return Check(
+            "cgroup",
+            "warn",
+            value,
+            f"the engine cannot enforce: {', '.join(missing)}",
+            "boot with cgroup_enable=memory swapaccount=1",
+        )
+    return Check("cgroup", "ok", value, "limits for memory, swap, CPU and processes are enforced")
+
+
+def _tool(name: str, fix: str) -> Check:
+    path = shutil.which(name)
+    if path is None:
+        return Check(name, "fail", "missing", "workspaces cannot be made without it", fix)
+    return Check(name, "ok", path, "needed for workspaces")
+
+
+def _loop_devices() -> Check:
+    if Path("/dev/loop-control").exists():
+        return Check("loop_devices", "ok", "yes", "workspaces are files with a hard quota")
+    return Check("loop_devices", "fail", "no", "the kernel offers no loop devices", "modprobe loop")
+
+
+def _processes() -> Check:
+    pid_max = int(Path("/proc/sys/kernel/pid_max").read_text())
+    if pid_max < 65536:
+        return Check(
+            "pid_max",
+            "warn",
+            str(pid_max),
+            "many busy sandboxes can use up the host's process ids",
+            "sysctl kernel.pid_max=4194304",
+        )
+    return Check("pid_max", "ok", str(pid_max), "room for many sandboxes")
+
+
+def _memory(info: dict[str, Any]) -> Check:
+    total = int(info.get("MemTotal") or 0)
+    return Check(
+        "memory", "ok" if total > _GIB else "warn", f"{total / _GIB:.1f} GiB", f"{os.cpu_count()} CPUs"
+    )
+
+
+def _disk(folder: Path) -> Check:
+    free = shutil.disk_usage(folder).free
+    if free < 2 * _GIB:
+        return Check(
+            "disk",
+            "warn",
+            f"{free / _GIB:.1f} GiB free",
+            f"at {folder}",
+            "free some space or move SANDBOXD_STATE_DIR",
+        )
+    return Check("disk", "ok", f"{free / _GIB:.1f} GiB free", f"at {folder}")

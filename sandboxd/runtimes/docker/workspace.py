@@ -1,0 +1,100 @@
+"""Workspaces: one ext4 file per sandbox, loop-mounted. Its size is the byte quota, its inodes the file quota.
+
+Only the daemon sees the root of that file system; the container gets the folders `home` and `tmp` in it,
+made before any tenant code runs. Nothing here ever opens a path below those two.
+"""
+
+import asyncio
+import os
+import shutil
+from pathlib import Path
+
+from sandboxd.runtimes.errors import RuntimeFaultError
+
+_STEP_TIMEOUT_S = 30.0
+
+# No journal: a workspace never outlives its sandbox by a crash of the host. No reserved blocks, and the
+# inode tables are left for later: the kernel would write them in the background, per sandbox.
+_MKFS = ["mkfs.ext4", "-q", "-F", "-m", "0", "-O", "^has_journal,^resize_inode"]
+_MKFS_EXTENDED = "lazy_itable_init=1,nodiscard,root_owner=0:0"
+_FOLDERS = {"home": 0o755, "tmp": 0o1777}
+_MOUNT_OPTIONS = "loop,nosuid,nodev,noatime,noinit_itable"
+
+
+class Workspaces:
+    """The workspace files under one folder; a method per step, each of which may be repeated."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def open(self) -> None:
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def mount_point(self, sandbox_id: str) -> Path:
+        return self._folder / sandbox_id / "mnt"
+
+    def prepare(self, sandbox_id: str) -> None:
+        """Stand-ins for the folders to come: the engine wants to see the paths it is told about."""
+        for name in _FOLDERS:
+            (self.mount_point(sandbox_id) / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    async def create(self, sandbox_id: str, size_mb: int, max_files: int, uid: int) -> None:
+        """Makes and mounts a fresh workspace owned by `uid`. Raises RuntimeFaultError."""
+        folder = self._folder / sandbox_id
+        file = folder / "workspace.ext4"
+        mount_point = self.mount_point(sandbox_id)
+        if os.path.ismount(mount_point):
+            return
+        with open(file, "wb") as sparse:
+            sparse.truncate(size_mb * 1024 * 1024)
+        await _run(*_MKFS, "-N", str(max_files), "-E", _MKFS_EXTENDED, str(file))
+        await _run("mount", "-o", _MOUNT_OPTIONS, str(file), str(mount_point))
+        for name, mode in _FOLDERS.items():
+            path = mount_point / name
+            path.mkdir()
+            os.chown(path, uid, uid)
+            os.chmod(path, mode)
+        (mount_point / "lost+found").rmdir()
+
+    async def remove(self, sandbox_id: str) -> None:
+        """Unmounts and deletes; a workspace that is not there is success."""
+        folder = self._folder / sandbox_id
+        mount_point = self.mount_point(sandbox_id)
+        if os.path.ismount(mount_point):
+            try:
+                await _run("umount", str(mount_point))
+            except RuntimeFaultError:
+                # Busy for a moment after the container's end: it goes when its last user does.
+                await _run("umount", "--lazy", str(mount_point))
+        if folder.is_dir():
+            # Not a tree: a mount point that could not be unmounted must stop this, not be emptied.
+            for path in (mount_point / "home", mount_point / "tmp", mount_point):
+                if path.is_dir():
+                    path.rmdir()
+            (folder / "workspace.ext4").unlink(missing_ok=True)
+            folder.rmdir()
+
+    def list(self) -> list[str]:
+        return sorted(entry.name for entry in self._folder.iterdir())
+
+    def free_mb(self) -> int:
+        return shutil.disk_usage(self._folder).free // (1024 * 1024)
+
+
+async def _run(*argv: str) -> None:
+    process = await asyncio.create_subprocess_exec(
+        *argv,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(_STEP_TIMEOUT_S):
+            _, errors = await process.communicate()
+    except TimeoutError as error:
+        process.kill()
+        await process.wait()
+        raise RuntimeFaultError(f"{argv[0]} took more than {_STEP_TIMEOUT_S:g} s") from error
+    if process.returncode:
+        text = errors.decode("utf-8", "replace").strip()[:500]
+        raise RuntimeFaultError(f"{argv[0]} failed with status {process.returncode}: {text}")
