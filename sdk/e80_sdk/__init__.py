@@ -1,0 +1,109 @@
+"""The Python SDK: `Eighty80` (client) and `eighty80_app` (app builder).
+
+Public names are loaded on first use: the HTTP stack and FastAPI cost 0.1 s and 0.3 s to import, and a
+program (the CLI above all) should pay only for what it touches.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from e80_sdk.app import Eighty80App, eighty80_app
+    from e80_sdk.client import AsyncEighty80, Eighty80
+    from e80_sdk.errors import (
+        AuthenticationError,
+        BadRequestError,
+        ConflictError,
+        ConnectionFailedError,
+        ConnectionLostError,
+        E80Error,
+        NotAwaitedError,
+        NotFoundError,
+        NotLoggedInError,
+        PermissionDeniedError,
+        RateLimitError,
+        RequestTimeoutError,
+        ServerError,
+        TooLargeError,
+        ToolArgumentError,
+        UnavailableError,
+        UnexpectedResponseError,
+    )
+    from e80_sdk.pending import Pending
+    from e80_sdk.results import ExecChunk, ExecError, ExecResult, SandboxInfo
+    from e80_sdk.sandbox import AsyncSandbox, ExecStream, Sandbox
+
+_HOMES = {
+    "e80_sdk.app": ("Eighty80App", "eighty80_app"),
+    "e80_sdk.client": ("AsyncEighty80", "Eighty80"),
+    "e80_sdk.errors": (
+        "AuthenticationError",
+        "BadRequestError",
+        "ConflictError",
+        "ConnectionFailedError",
+        "ConnectionLostError",
+        "E80Error",
+        "NotAwaitedError",
+        "NotFoundError",
+        "NotLoggedInError",
+        "PermissionDeniedError",
+        "RateLimitError",
+        "RequestTimeoutError",
+        "ServerError",
+        "ToolArgumentError",
+        "TooLargeError",
+        "UnavailableError",
+        "UnexpectedResponseError",
+    ),
+    "e80_sdk.pending": ("Pending",),
+    "e80_sdk.results": ("ExecChunk", "ExecError", "ExecResult", "SandboxInfo"),
+    "e80_sdk.sandbox": ("AsyncSandbox", "ExecStream", "Sandbox"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "AsyncEighty80",
+    "AsyncSandbox",
+    "AuthenticationError",
+    "BadRequestError",
+    "ConflictError",
+    "ConnectionFailedError",
+    "ConnectionLostError",
+    "E80Error",
+    "Eighty80",
+    "Eighty80App",
+    "ExecChunk",
+    "ExecError",
+    "ExecResult",
+    "ExecStream",
+    "NotAwaitedError",
+    "NotFoundError",
+    "NotLoggedInError",
+    "Pending",
+    "PermissionDeniedError",
+    "RateLimitError",
+    "RequestTimeoutError",
+    "Sandbox",
+    "SandboxInfo",
+    "ServerError",
+    "TooLargeError",
+    "ToolArgumentError",
+    "UnavailableError",
+    "UnexpectedResponseError",
+    "eighty80_app",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module 'e80_sdk' has no attribute {name!r}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
