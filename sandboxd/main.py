@@ -43,11 +43,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = Settings()
     except ValidationError as error:
         for fault in error.errors():
+            if fault["type"] == "default_factory_not_called":
+                continue  # follows from another fault
             name = variable_name(str(fault["loc"][0])) if fault["loc"] else "settings"
             sys.stderr.write(f"sandboxd: {name}: {fault['msg'].removeprefix('Value error, ')}\n")
         return EXIT_USAGE
     logging.configure(settings.log_format, settings.log_level)
-    settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        sys.stderr.write(f"sandboxd: {variable_name('state_dir')}: {error}\n")
+        return EXIT_FAILED
     if options.command == "create-key":
         return asyncio.run(_create_key(settings, options.organization, options.project, options.name))
     return _serve(settings)

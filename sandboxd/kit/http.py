@@ -28,6 +28,7 @@ log = structlog.get_logger("sandboxd.http")
 API_PREFIX = "/v1/"
 UNLIMITED_SUFFIXES = ("/files",)
 VALUE_SHOWN = 100
+TEXT_MAX_LENGTH = 2**30
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 QUIET_PATHS = frozenset({"/healthz", "/readyz", "/metrics"})
@@ -62,7 +63,10 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {"default": {"model": ErrorBo
 class Body(BaseModel):
     """Base of every request body: exact types, and no field that we do not know."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    # JSON allows lone surrogates; pydantic refuses them only in texts that have a length limit.
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, str_max_length=TEXT_MAX_LENGTH
+    )
 
     log: bool | None = Field(None, description="Record this call where the route supports it.")
     project: str | None = Field(None, max_length=100, description="The key's own project (slug or id).")

@@ -25,11 +25,15 @@ def configure(log_format: Literal["json", "console"], level: str) -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.StackInfoRenderer(),
     ]
-    end: list[Processor] = (
-        [structlog.processors.format_exc_info, redact, structlog.processors.JSONRenderer(ensure_ascii=False)]
+    renderer: Processor = (
+        structlog.processors.JSONRenderer(ensure_ascii=False)
         if log_format == "json"
-        else [redact, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+        else structlog.dev.ConsoleRenderer(
+            colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+        )
     )
+    # Exceptions become text before the redaction, or their messages would slip past it.
+    end: list[Processor] = [structlog.processors.format_exc_info, redact, renderer]
     structlog.configure(
         processors=[*chain, *end],
         wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),

@@ -1,0 +1,41 @@
+"""Fixtures for tests of the daemon: a turned clock, a database, settings in a temporary folder."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from sandboxd.kit.db import Database
+from sandboxd.kit.settings import Settings
+
+
+class FakeClock:
+    def __init__(self) -> None:
+        self.time = 1_700_000_000.0
+
+    def now(self) -> float:
+        return self.time
+
+    def monotonic(self) -> float:
+        return self.time - 1_000_000_000
+
+    def advance(self, seconds: float) -> None:
+        self.time += seconds
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(state_dir=tmp_path / "state", run_dir=tmp_path / "run", port=0)
+
+
+@pytest.fixture
+async def db(tmp_path: Path) -> AsyncIterator[Database]:
+    database = Database(f"sqlite+aiosqlite:///{tmp_path}/test.db")
+    await database.migrate()
+    yield database
+    await database.close()

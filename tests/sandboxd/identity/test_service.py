@@ -1,0 +1,189 @@
+import asyncio
+from contextlib import asynccontextmanager
+
+import pytest
+from sqlalchemy import event
+
+from sandboxd.identity.errors import KeyNotFoundError, ProjectNotFoundError
+from sandboxd.identity.models import ApiKey
+from sandboxd.identity.secrets import new_key
+from sandboxd.identity.service import CACHE_SIZE, CACHE_TTL_S, IdentityService, Principal, check_project
+from sandboxd.kit.db import Database
+from sandboxd.kit.errors import UnauthorizedError
+from sandboxd.kit.paging import PageParams
+
+
+@pytest.fixture
+def identity(db, clock):
+    return IdentityService(db, clock)
+
+
+@pytest.fixture
+async def project(identity):
+    return await identity.ensure_project("acme", "web")
+
+
+class Queries:
+    def __init__(self, db: Database) -> None:
+        self.count = 0
+        for engine in (db._reader, db._writer):
+            event.listen(engine.sync_engine, "before_cursor_execute", self._seen)
+
+    def _seen(self, *_args) -> None:
+        self.count += 1
+
+
+async def test_a_key_gives_its_principal(identity, project):
+    created = await identity.create_key(project.id, "ci")
+    principal = await identity.authenticate(created.key)
+    assert principal == Principal(created.row.id, project.id, "web", project.organization_id)
+
+
+async def test_the_secret_is_not_stored(identity, project, db, tmp_path):
+    created = await identity.create_key(project.id, "ci")
+    await db.close()
+    stored = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    assert created.row.prefix.encode() in stored
+    assert created.key.encode() not in stored
+    assert created.key[14:40].encode() not in stored
+
+
+async def test_a_cached_key_needs_no_query(identity, project, db, clock):
+    key = (await identity.create_key(project.id, "ci")).key
+    await identity.authenticate(key)
+    queries = Queries(db)
+    for _ in range(10):
+        await identity.authenticate(key)
+    assert queries.count == 0
+    clock.advance(CACHE_TTL_S + 1)
+    await identity.authenticate(key)
+    assert queries.count > 0
+
+
+async def test_a_malformed_key_needs_no_query(identity, project, db):
+    key = (await identity.create_key(project.id, "ci")).key
+    queries = Queries(db)
+    for wrong in ("", "x", "\udcff", key[:-1] + ("0" if key[-1] != "0" else "1"), key + " "):
+        with pytest.raises(UnauthorizedError):
+            await identity.authenticate(wrong)
+    assert queries.count == 0
+
+
+async def test_an_unknown_key_is_asked_for_each_time(identity, db):
+    key = new_key()
+    queries = Queries(db)
+    for round_ in (1, 2):
+        with pytest.raises(UnauthorizedError, match="unknown or revoked"):
+            await identity.authenticate(key)
+        assert queries.count == round_ * 2  # BEGIN and SELECT
+
+
+async def test_a_revoked_key_is_useless_at_once(identity, project):
+    created = await identity.create_key(project.id, "ci")
+    await identity.authenticate(created.key)
+    await identity.revoke_key(project.id, created.row.id)
+    with pytest.raises(UnauthorizedError):
+        await identity.authenticate(created.key)
+
+
+async def test_a_revocation_made_elsewhere_is_seen_soon(identity, project, db, clock):
+    created = await identity.create_key(project.id, "ci")
+    await identity.authenticate(created.key)
+    await IdentityService(db, clock).revoke_key(project.id, created.row.id)
+    clock.advance(CACHE_TTL_S + 1)
+    with pytest.raises(UnauthorizedError):
+        await identity.authenticate(created.key)
+
+
+class SlowReads(Database):
+    """A store whose read sessions end late, so that what they saw is old when the reader goes on."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.go_on = asyncio.Event()
+        self.waiting = asyncio.Event()
+
+    @asynccontextmanager
+    async def read(self):
+        async with super().read() as session:
+            yield session
+            self.waiting.set()
+            await self.go_on.wait()
+
+
+async def test_a_look_up_under_way_does_not_undo_a_revocation(project, db, clock):
+    slow = SlowReads(db.url)
+    identity = IdentityService(slow, clock)
+    created = await identity.create_key(project.id, "ci")
+    looking = asyncio.create_task(identity.authenticate(created.key))
+    await slow.waiting.wait()
+    await identity.revoke_key(project.id, created.row.id)
+    slow.go_on.set()
+    await looking
+    with pytest.raises(UnauthorizedError):
+        await identity.authenticate(created.key)
+    await slow.close()
+
+
+async def test_revoking_is_idempotent_and_calls_back_once(identity, project, clock):
+    created = await identity.create_key(project.id, "ci")
+    called = []
+    identity.on_revoke(called.append)
+    first = (await identity.revoke_key(project.id, created.row.id)).revoked_at
+    clock.advance(10)
+    second = (await identity.revoke_key(project.id, created.row.id)).revoked_at
+    assert first == second is not None
+    assert called == [created.row.id]
+
+
+async def test_another_project_sees_nothing(identity, project):
+    other = await identity.ensure_project("acme", "other")
+    created = await identity.create_key(project.id, "ci")
+    assert await identity.list_keys(other.id, PageParams()) == ([], False)
+    with pytest.raises(KeyNotFoundError):
+        await identity.get_key(other.id, created.row.id)
+    with pytest.raises(KeyNotFoundError):
+        await identity.revoke_key(other.id, created.row.id)
+    await identity.authenticate(created.key)
+
+
+async def test_a_project_is_made_once(identity):
+    made = await asyncio.gather(*(identity.ensure_project("acme", "web") for _ in range(5)))
+    assert len({project.id for project in made}) == 1
+    elsewhere = await identity.ensure_project("rival", "web")
+    assert elsewhere.id != made[0].id
+
+
+async def stored_last_used(db, key_id) -> float | None:
+    async with db.read() as session:
+        row = await session.get(ApiKey, key_id)
+    return row.last_used_at
+
+
+async def test_last_use_is_written_by_the_job_and_seen_before(identity, project, db, clock):
+    created = await identity.create_key(project.id, "ci")
+    await identity.authenticate(created.key)
+    used_at = clock.now()
+    assert await stored_last_used(db, created.row.id) is None
+    assert (await identity.get_key(project.id, created.row.id)).last_used_at == used_at
+    await identity.flush_last_used()
+    assert await stored_last_used(db, created.row.id) == used_at
+    queries = Queries(db)
+    await identity.flush_last_used()
+    assert queries.count == 0
+
+
+async def test_the_cache_is_bounded(identity, project, monkeypatch):
+    monkeypatch.setattr("sandboxd.identity.service.CACHE_SIZE", 3)
+    keys = [(await identity.create_key(project.id, str(n))).key for n in range(5)]
+    for key in keys * 2:
+        await identity.authenticate(key)
+    assert len(identity._cache) == 3 < CACHE_SIZE
+
+
+def test_the_project_of_a_body_must_be_the_keys_own():
+    principal = Principal("key_1", "proj_1", "web", "org_1")
+    for own in (None, "web", "proj_1"):
+        check_project(principal, own)
+    with pytest.raises(ProjectNotFoundError, match="'other'"):
+        check_project(principal, "other")

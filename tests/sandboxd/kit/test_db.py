@@ -1,0 +1,139 @@
+import asyncio
+
+import pytest
+from sqlalchemy.exc import DatabaseError, IntegrityError
+from sqlmodel import select, text
+
+from sandboxd.identity.models import ApiKey, Organization
+from sandboxd.kit.db import Database
+
+
+def organization(number: int) -> Organization:
+    return Organization(id=f"org_{number}", slug=f"slug-{number}", created_at=1.0)
+
+
+async def slugs(db: Database) -> list[str]:
+    async with db.read() as session:
+        return sorted((await session.exec(select(Organization.slug))).all())
+
+
+async def pragma(db: Database, name: str) -> object:
+    async with db.read() as session:
+        return (await session.exec(text(f"PRAGMA {name}"))).scalar()
+
+
+async def test_the_pragmas_hold_on_every_connection(db):
+    assert await pragma(db, "journal_mode") == "wal"
+    assert await pragma(db, "synchronous") == 1
+    assert await pragma(db, "busy_timeout") == 5000
+    assert await pragma(db, "foreign_keys") == 1
+
+
+async def test_a_write_is_committed_on_exit(db):
+    async with db.write() as session:
+        session.add(organization(1))
+    assert await slugs(db) == ["slug-1"]
+
+
+async def test_a_write_is_rolled_back_on_error_and_the_next_one_works(db):
+    async def fail() -> None:
+        async with db.write() as session:
+            session.add(organization(1))
+            await session.flush()
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        await fail()
+    async with db.write() as session:
+        session.add(organization(2))
+    assert await slugs(db) == ["slug-2"]
+
+
+async def test_a_cancelled_write_is_rolled_back_and_frees_the_writer(db):
+    inside = asyncio.Event()
+
+    async def write_for_ever() -> None:
+        async with db.write() as session:
+            session.add(organization(1))
+            await session.flush()
+            inside.set()
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(write_for_ever())
+    await inside.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    async with db.write() as session:
+        session.add(organization(2))
+    assert await slugs(db) == ["slug-2"]
+
+
+async def test_what_a_read_session_writes_is_lost(db):
+    async with db.read() as session:
+        session.add(organization(1))
+        await session.flush()
+    assert await slugs(db) == []
+
+
+async def test_a_read_is_one_snapshot(db):
+    async with db.read() as session:
+        before = (await session.exec(select(Organization))).all()
+        async with db.write() as writer:
+            writer.add(organization(1))
+        assert (await session.exec(select(Organization))).all() == before == []
+    assert await slugs(db) == ["slug-1"]
+
+
+async def test_many_writers_at_once_lose_nothing(db):
+    async def write(number: int) -> None:
+        async with db.write() as session:
+            session.add(organization(number))
+
+    await asyncio.gather(*(write(number) for number in range(100)))
+    assert len(await slugs(db)) == 100
+
+
+async def test_rows_stay_readable_after_the_session(db):
+    async with db.write() as session:
+        row = organization(1)
+        session.add(row)
+    assert row.slug == "slug-1"
+
+
+async def test_constraints_are_enforced(db):
+    async with db.write() as session:
+        session.add(organization(1))
+    with pytest.raises(IntegrityError):
+        async with db.write() as session:
+            session.add(Organization(id="org_2", slug="slug-1", created_at=1.0))
+    with pytest.raises(IntegrityError):
+        async with db.write() as session:
+            session.add(
+                ApiKey(id="key_1", project_id="none", name="n", prefix="p", secret_sha256="s", created_at=1.0)
+            )
+
+
+async def test_migrations_may_run_again_and_at_once(tmp_path):
+    first, second = (Database(f"sqlite+aiosqlite:///{tmp_path}/new.db") for _ in range(2))
+    await asyncio.gather(first.migrate(), second.migrate())
+    await first.migrate()
+    await first.ping()
+    await first.close()
+    await second.close()
+
+
+async def test_ping_tells_that_the_file_is_no_database(tmp_path):
+    path = tmp_path / "broken.db"
+    path.write_bytes(b"not a database" * 100)
+    database = Database(f"sqlite+aiosqlite:///{path}")
+    with pytest.raises(DatabaseError, match="not a database"):
+        await database.ping()
+    await database.close()
+
+
+async def test_close_may_be_called_twice(tmp_path):
+    database = Database(f"sqlite+aiosqlite:///{tmp_path}/new.db")
+    await database.migrate()
+    await database.close()
+    await database.close()
