@@ -4,28 +4,69 @@ import asyncio
 import ipaddress
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from typing import Literal
 
+import structlog
 from fastapi import APIRouter, FastAPI
+from pydantic import BaseModel
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from sandboxd.identity.auth import AuthMiddleware
+from sandboxd.identity.auth import AuthMiddleware, CurrentPrincipal
 from sandboxd.identity.routes import make_router as make_identity_router
 from sandboxd.identity.service import IdentityService
 from sandboxd.kit.clock import Clock, SystemClock
 from sandboxd.kit.db import Database
-from sandboxd.kit.errors import ForbiddenError
+from sandboxd.kit.errors import ForbiddenError, SandboxdError
 from sandboxd.kit.http import ERROR_RESPONSES, Drain, install
 from sandboxd.kit.metrics import CONTENT_TYPE, Metrics
 from sandboxd.kit.settings import Settings
 from sandboxd.kit.tasks import TaskOwner
+from sandboxd.runtimes.base import Capabilities, Runtime
+from sandboxd.runtimes.registry import create_runtime
+from sandboxd.sandboxes.exec import ExecService
+from sandboxd.sandboxes.jobs import (
+    FLUSH_INTERVAL_S,
+    GAUGE_INTERVAL_S,
+    REAP_INTERVAL_S,
+    SWEEP_INTERVAL_S,
+    ExitWatcher,
+    Gauges,
+    Reaper,
+    Sweep,
+    Warmer,
+)
+from sandboxd.sandboxes.routes import make_router as make_sandboxes_router
+from sandboxd.sandboxes.service import SandboxService
 
 VERSION = version("e80")
 LAST_USED_INTERVAL_S = 60.0
 READY_TIMEOUT_S = 3.0
+START_RETRY_S = 2.0
+
+log = structlog.get_logger(__name__)
+
+
+class CheckOut(BaseModel):
+    name: str
+    status: Literal["ok", "warn", "fail"]
+    value: str
+    message: str
+    fix: str
+
+
+class IsolationOut(BaseModel):
+    level: int
+    runtime: str
+
+
+class DoctorOut(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[CheckOut]
+    isolation: IsolationOut
 
 
 @dataclass
@@ -39,6 +80,9 @@ class Services:
     tasks: TaskOwner
     db: Database
     identity: IdentityService
+    runtime: Runtime
+    sandboxes: SandboxService
+    execs: ExecService
     # Name -> check that raises when the part cannot serve; /readyz runs them all.
     readiness: dict[str, Callable[[], Awaitable[object]]] = field(default_factory=dict)
 
@@ -71,22 +115,33 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.include_router(_make_operations_router(services))
     app.include_router(make_identity_router(services.identity))
+    app.include_router(make_sandboxes_router(services.sandboxes, services.execs))
     return app
 
 
 def _make_services(settings: Settings) -> Services:
     clock = SystemClock()
     db = Database(settings.database_url)
+    metrics = Metrics()
+    tasks = TaskOwner()
+    runtime = create_runtime(settings)
+    sandboxes = SandboxService(
+        settings=settings, clock=clock, db=db, metrics=metrics, tasks=tasks, runtime=runtime, images=runtime
+    )
     services = Services(
         settings=settings,
         clock=clock,
-        metrics=Metrics(),
+        metrics=metrics,
         drain=Drain(),
-        tasks=TaskOwner(),
+        tasks=tasks,
         db=db,
         identity=IdentityService(db, clock),
+        runtime=runtime,
+        sandboxes=sandboxes,
+        execs=ExecService(settings=settings, clock=clock, metrics=metrics, tasks=tasks, live=sandboxes.live),
     )
     services.readiness["database"] = db.ping
+    services.readiness["engine"] = runtime.ping
     return services
 
 
@@ -95,11 +150,55 @@ async def _running(services: Services) -> AsyncIterator[None]:
     try:
         await services.db.migrate()
         services.tasks.every(LAST_USED_INTERVAL_S, "identity.last_used", services.identity.flush_last_used)
+        if not await _start_sandboxes(services):
+            services.tasks.start("sandboxes.start", _keep_starting(services))
         yield
     finally:
         await services.tasks.close()
         await services.identity.flush_last_used()
+        await services.sandboxes.flush_activity()
+        await services.runtime.close()
         await services.db.close()
+
+
+async def _start_sandboxes(services: Services) -> bool:
+    """Opens the runtime, takes up what an earlier process left, starts the jobs. False without an engine:
+    the daemon serves what it can, and /readyz says what is missing."""
+    sweep = Sweep(services.sandboxes, services.db, services.runtime, services.metrics)
+    try:
+        await services.runtime.start()
+        capabilities = await services.runtime.capabilities()
+        services.sandboxes.isolation = capabilities.isolation_level
+        _log_checks(capabilities)
+        await sweep.run()
+    except SandboxdError as error:
+        log.warning("sandboxes cannot be served yet", reason=error.message)
+        return False
+    tasks, sandboxes, metrics = services.tasks, services.sandboxes, services.metrics
+    tasks.every(REAP_INTERVAL_S, "sandboxes.reap", Reaper(sandboxes, services.clock, metrics).tick)
+    tasks.every(SWEEP_INTERVAL_S, "sandboxes.sweep", sweep.run)
+    tasks.every(FLUSH_INTERVAL_S, "sandboxes.activity", sandboxes.flush_activity)
+    tasks.every(GAUGE_INTERVAL_S, "sandboxes.gauges", Gauges(services.db, metrics).tick)
+    tasks.start("sandboxes.watch", ExitWatcher(sandboxes, services.runtime, sweep).run())
+    if services.settings.warm_libraries:
+        warmer = Warmer(sandboxes)
+        sandboxes.on_running = warmer.add
+        tasks.start("sandboxes.warm", warmer.run())
+    return True
+
+
+async def _keep_starting(services: Services) -> None:
+    while True:
+        await asyncio.sleep(START_RETRY_S)
+        if await _start_sandboxes(services):
+            return
+
+
+def _log_checks(capabilities: Capabilities) -> None:
+    log.info("isolation", level=capabilities.isolation_level, runtime=capabilities.runtime)
+    for check in capabilities.checks:
+        if check.status != "ok":
+            log.warning(f"check {check.name}", value=check.value, message=check.message, fix=check.fix)
 
 
 def _make_operations_router(services: Services) -> APIRouter:
@@ -115,6 +214,15 @@ def _make_operations_router(services: Services) -> APIRouter:
         if reasons:
             return JSONResponse({"status": "unavailable", "reasons": reasons}, 503)
         return JSONResponse({"status": "ok"})
+
+    @router.get("/v1/doctor")
+    async def doctor(_principal: CurrentPrincipal) -> DoctorOut:
+        """The self-check: what this host and its engine can promise, and a fix for what they cannot."""
+        found = await services.runtime.capabilities()
+        return DoctorOut(
+            data=[CheckOut(**asdict(check)) for check in found.checks],
+            isolation=IsolationOut(level=found.isolation_level, runtime=found.runtime),
+        )
 
     @router.get("/metrics")
     async def metrics(request: Request) -> Response:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from e80_agent import protocol
+
 from sandboxd.agentlink.errors import AgentRefusedError, LinkBrokenError
 from sandboxd.runtimes.base import Stream
 

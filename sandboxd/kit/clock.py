@@ -9,7 +9,7 @@ class Clock(Protocol):
         """Unix seconds (UTC); may jump."""
 
     def monotonic(self) -> float:
-        """Seconds that never jump back; only differences mean something."""
+        """Seconds since the host booted, sleep included. Never jumps, and means the same in every process."""
 
 
 class SystemClock:
@@ -17,4 +17,4 @@ class SystemClock:
         return time.time()
 
     def monotonic(self) -> float:
-        return time.monotonic()
+        return time.clock_gettime(time.CLOCK_BOOTTIME)

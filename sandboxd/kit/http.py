@@ -292,6 +292,8 @@ async def _on_invalid(request: Request, error: Exception) -> Response:
     if first["type"] == "json_invalid":
         param = None
         message = f"The body is not valid JSON: {first['ctx']['error']} at character {path[0]}."
+    elif param is None and first["type"] == "value_error":
+        message = f"The body: {first['msg'].removeprefix('Value error, ')}."
     elif param is None:
         message = _bad_body(first)
     elif first["type"] == "missing":

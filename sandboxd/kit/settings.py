@@ -38,6 +38,36 @@ class Settings(BaseSettings):
     max_body_mb: int = Field(
         8, ge=1, le=1024, description="Largest request body; file uploads stream and are exempt."
     )
+    cpu_mhz: int = Field(2500, ge=100, description="CPU of a sandbox that asks for none, in MHz.")
+    max_cpu_mhz: int = Field(10000, ge=100, description="Most CPU a sandbox may ask for.")
+    reference_cpu_mhz: int = Field(2500, ge=100, description="MHz that count as one core.")
+    memory_size_mb: int = Field(512, ge=64, description="Memory of a sandbox that asks for none.")
+    max_memory_size_mb: int = Field(8192, ge=64, description="Most memory a sandbox may ask for.")
+    disk_size_mb: int = Field(1024, ge=16, description="Workspace of a sandbox that asks for none.")
+    max_disk_size_mb: int = Field(20480, ge=16, description="Largest workspace a sandbox may ask for.")
+    max_files: int = Field(65536, ge=1024, description="Files, folders and links a workspace can hold.")
+    max_processes: int = Field(256, ge=16, description="Processes and threads of tenant code in one sandbox.")
+    max_timeout_s: int = Field(86400, ge=1, description="Longest life a sandbox may ask for.")
+    allow_no_timeout: bool = Field(
+        False, description="Accept `timeout_s: null`: sandboxes that live until stopped."
+    )
+    max_sandboxes: int = Field(500, ge=1, le=60000, description="Sandboxes alive at once on this server.")
+    first_uid: int = Field(
+        200000, ge=10000, description="Each sandbox has a host uid of its own, from here up."
+    )
+    start_timeout_s: float = Field(
+        60, gt=0, description="Time a sandbox gets to start and its agent to answer."
+    )
+    warm_libraries: bool = Field(
+        True,
+        description="Load numpy, pandas and pyplot ahead in idle moments, so that importing them is quick.",
+    )
+    exec_timeout_s: float = Field(60, gt=0, description="Time of an exec that asks for none.")
+    max_exec_timeout_s: float = Field(3600, gt=0, description="Longest exec.")
+    exec_output_mb: int = Field(4, ge=1, le=16, description="Output of an exec kept for the answer.")
+    exec_spool_mb: int = Field(
+        64, ge=0, description="Output of an exec kept in a file of the sandbox beyond that."
+    )
     metrics_public: bool = Field(False, description="Serve `/metrics` to peers other than loopback, too.")
 
     @field_validator("state_dir", "run_dir")

@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NewType, Protocol
+from typing import Literal, NewType, Protocol
 
 Handle = NewType("Handle", str)
 
@@ -75,7 +75,7 @@ class Check:
     """One line of the self-check: what was found, what it means, and how to mend it."""
 
     name: str
-    status: str  # ok, warn or fail
+    status: Literal["ok", "warn", "fail"]
     value: str
     message: str
     fix: str = ""
@@ -133,6 +133,9 @@ class Runtime(Protocol):
 
     def watch(self) -> AsyncIterator[Exited]:
         """Sandboxes that end by themselves, as they do; ends when the engine hangs up."""
+
+    def leftovers(self) -> set[str]:
+        """Sandbox ids of which the driver still holds something on this host, alive or not."""
 
     async def dial(self, sandbox_id: str, timeout_s: float) -> Stream:
         """A connection to the sandbox's agent. Raises AgentUnreachableError after `timeout_s`."""

@@ -4,6 +4,6 @@ from sandboxd.kit.settings import Settings
 from sandboxd.runtimes.docker.driver import DockerRuntime
 
 
-def create_runtime(settings: Settings, owner: str) -> DockerRuntime:
-    """The driver for these settings; `owner` names this installation in the engine."""
-    return DockerRuntime(settings, owner)
+def create_runtime(settings: Settings) -> DockerRuntime:
+    """The driver for these settings; it is the store of its images, too."""
+    return DockerRuntime(settings)

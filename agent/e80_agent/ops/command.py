@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _START_ERRORS = {
     errno.ENOENT: "command_not_found",
     errno.EACCES: "command_not_executable",
+    errno.E2BIG: "bad_request",
     errno.ENOEXEC: "command_not_executable",
 }
 

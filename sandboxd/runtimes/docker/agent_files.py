@@ -35,10 +35,9 @@ _PREPARE = (
 class AgentFiles:
     """The prepared copies, one folder for each pair of agent and image."""
 
-    def __init__(self, engine: Engine, folder: Path, owner: str) -> None:
+    def __init__(self, engine: Engine, folder: Path) -> None:
         self._engine = engine
         self._folder = folder
-        self._owner = owner
         self._source = agent_source()
         self._hash = _content_hash(self._source)
         self._locks: dict[str, asyncio.Lock] = {}
@@ -91,7 +90,7 @@ class AgentFiles:
             "Cmd": [],
             "User": "0:0",
             "WorkingDir": "/",
-            "Labels": {"sandboxd.owner": self._owner},
+            "Labels": {"sandboxd.prepare": digest},
             "HostConfig": {
                 "NetworkMode": "none",
                 "CapDrop": ["ALL"],

@@ -3,12 +3,12 @@
 import asyncio
 import json
 import os
+import secrets
 import shutil
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import docker
 import httpx2
 import structlog
 
@@ -50,12 +50,12 @@ _PHASES = {
 class DockerRuntime:
     """See runtimes.base.Runtime and ImageStore."""
 
-    def __init__(self, settings: Settings, owner: str) -> None:
+    def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._owner = owner
+        self._owner = ""
         self._engine = Engine(settings.docker_url)
         self._workspaces = Workspaces(settings.state_dir / "workspaces")
-        self._agent_files = AgentFiles(self._engine, settings.state_dir / "agents", owner)
+        self._agent_files = AgentFiles(self._engine, settings.state_dir / "agents")
         self._links_dir = settings.run_dir / "links"
         self._links: dict[str, Link] = {}
         self._starts = asyncio.Semaphore(CONCURRENT_STARTS)
@@ -64,6 +64,7 @@ class DockerRuntime:
     async def start(self) -> None:
         self._links_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
         self._workspaces.open()
+        self._owner = _installation(self._settings.state_dir)
         await self._engine.open()
 
     async def close(self) -> None:
@@ -233,3 +234,13 @@ class DockerRuntime:
     def leftovers(self) -> set[str]:
         """Ids of which something is left on this host: a workspace or a link folder."""
         return {*self._workspaces.list(), *os.listdir(self._links_dir)}
+
+
+def _installation(state_dir: Path) -> str:
+    """What marks this installation's containers: made once, kept with the store that knows them."""
+    path = state_dir / "installation"
+    if not path.exists():
+        partial = path.with_suffix(".part")
+        partial.write_text(secrets.token_hex(8))
+        partial.replace(path)
+    return path.read_text().strip()

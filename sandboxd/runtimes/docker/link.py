@@ -17,8 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import structlog
-
 from e80_agent import protocol
+
 from sandboxd.runtimes.errors import AgentUnreachableError
 
 log = structlog.get_logger(__name__)
@@ -71,6 +71,7 @@ class Link:
         self._handshakes = 0
         self._waiting: deque[asyncio.Future[LinkStream]] = deque()
         self._asked = 0
+        self._closed = False
 
     async def open(self) -> None:
         """Reads the key that `write_config` left and listens. Raises OSError when the folder is not there."""
@@ -97,12 +98,16 @@ class Link:
             self._control.close()
         for stream in list(self._streams):
             stream.close()
+        self._closed = True
         for future in self._waiting:
-            future.cancel()
+            if not future.done():
+                future.set_exception(self._unreachable("its link was closed"))
         self._waiting.clear()
 
     async def dial(self, timeout_s: float) -> LinkStream:
         """A connection that waits, or the next that the agent makes. Raises AgentUnreachableError."""
+        if self._closed:
+            raise self._unreachable("its link was closed")
         while self._idle:
             stream = self._idle.pop()
             if stream.usable:
@@ -115,9 +120,7 @@ class Link:
             async with asyncio.timeout(timeout_s):
                 return await future
         except TimeoutError as error:
-            raise AgentUnreachableError(
-                f"the agent of sandbox {self.sandbox_id} did not connect within {timeout_s:g} s"
-            ) from error
+            raise self._unreachable(f"no connection within {timeout_s:g} s") from error
         finally:
             if future in self._waiting:
                 self._waiting.remove(future)
@@ -142,6 +145,9 @@ class Link:
     @property
     def connected(self) -> bool:
         return self._control is not None
+
+    def _unreachable(self, reason: str) -> AgentUnreachableError:
+        return AgentUnreachableError(f"the agent of sandbox {self.sandbox_id} cannot be reached: {reason}")
 
     def _ask(self) -> None:
         """Asks the agent for as many connections as are waited for and not already on their way."""

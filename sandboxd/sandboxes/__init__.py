@@ -1,0 +1,1 @@
+"""Sandboxes: their life cycle, and what runs and lies in them."""

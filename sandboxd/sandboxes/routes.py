@@ -1,0 +1,122 @@
+"""HTTP for sandboxes, execs and files."""
+
+import json
+from collections.abc import AsyncIterator
+from typing import Annotated, Literal
+from urllib.parse import quote
+
+from fastapi import APIRouter, Query, Response
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
+
+from sandboxd.identity.auth import CurrentPrincipal
+from sandboxd.identity.service import Principal, check_project
+from sandboxd.kit.errors import BadRequestError
+from sandboxd.kit.http import PageQuery, sse_response
+from sandboxd.kit.paging import Page
+from sandboxd.sandboxes import files
+from sandboxd.sandboxes.exec import ExecService
+from sandboxd.sandboxes.models import Sandbox
+from sandboxd.sandboxes.schemas import CreateSandboxBody, ExecBody, ExecOut, FileOut, SandboxOut, StopBody
+from sandboxd.sandboxes.service import SandboxService
+from sandboxd.sandboxes.states import ALIVE
+
+StatusFilter = Literal["alive", "all", "creating", "running", "stopping", "stopped", "failed"]
+FilePath = Annotated[
+    str, Query(min_length=1, max_length=4096, description="Absolute, or relative to /home/user.")
+]
+
+
+def make_router(sandboxes: SandboxService, execs: ExecService) -> APIRouter:
+    router = APIRouter(prefix="/v1/sandboxes", tags=["sandboxes"])
+
+    def out(row: Sandbox, principal: Principal) -> SandboxOut:
+        live = sandboxes.live.get(row.id)
+        return SandboxOut.of(row, principal.project_slug, live.last_active_at if live else None)
+
+    @router.post("", status_code=201)
+    async def create_sandbox(body: CreateSandboxBody, principal: CurrentPrincipal) -> SandboxOut:
+        check_project(principal, body.project)
+        return out(await sandboxes.create(principal, body), principal)
+
+    @router.get("")
+    async def list_sandboxes(
+        page: PageQuery, principal: CurrentPrincipal, status: StatusFilter = "alive"
+    ) -> Page[SandboxOut]:
+        wanted = {"alive": list(ALIVE), "all": None}.get(status, [status])
+        rows, has_more = await sandboxes.list(principal.project_id, wanted, page)
+        return Page[SandboxOut].of([out(row, principal) for row in rows], has_more=has_more)
+
+    @router.get("/{sandbox_id}")
+    async def get_sandbox(sandbox_id: str, principal: CurrentPrincipal) -> SandboxOut:
+        return out(await sandboxes.get(principal.project_id, sandbox_id), principal)
+
+    @router.post("/{sandbox_id}/stop")
+    async def stop_sandbox(
+        sandbox_id: str, principal: CurrentPrincipal, body: StopBody | None = None
+    ) -> SandboxOut:
+        check_project(principal, body.project if body else None)
+        return out(await sandboxes.stop(principal.project_id, sandbox_id), principal)
+
+    @router.delete("/{sandbox_id}")
+    async def delete_sandbox(sandbox_id: str, principal: CurrentPrincipal) -> SandboxOut:
+        return out(await sandboxes.stop(principal.project_id, sandbox_id), principal)
+
+    @router.post("/{sandbox_id}/exec", responses={200: {"model": ExecOut}})
+    async def exec_in_sandbox(sandbox_id: str, body: ExecBody, principal: CurrentPrincipal) -> Response:
+        """A failing program is a normal result. With `stream` the answer is server-sent events."""
+        check_project(principal, body.project)
+        sandbox = await sandboxes.running(principal.project_id, sandbox_id)
+        if body.stream:
+            return sse_response(execs.stream(sandbox, body))
+        result = await execs.run(sandbox, body)
+        # Built by hand: validating our own output again would be a quarter of the whole call.
+        return Response(json.dumps(result), media_type="application/json")
+
+    @router.get("/{sandbox_id}/files", response_class=StreamingResponse)
+    async def read_file(sandbox_id: str, path: FilePath, principal: CurrentPrincipal) -> Response:
+        """The file's raw bytes."""
+        sandbox = await sandboxes.running(principal.project_id, sandbox_id)
+        size, chunks = await files.read(sandbox, _checked(path))
+        name = quote(path.rsplit("/", 1)[-1], safe="")
+        headers = {
+            "Content-Length": str(size),
+            "Content-Disposition": f"attachment; filename*=UTF-8''{name}",
+            # It is a tenant's file on our own origin: no browser may take it for a page.
+            "X-Content-Type-Options": "nosniff",
+            "Content-Security-Policy": "sandbox",
+        }
+        return StreamingResponse(_exactly(size, chunks), 200, headers, "application/octet-stream")
+
+    @router.put(
+        "/{sandbox_id}/files",
+        responses={201: {"model": FileOut}},
+        openapi_extra={"requestBody": {"content": {"application/octet-stream": {}}, "required": True}},
+    )
+    async def write_file(
+        sandbox_id: str, path: FilePath, principal: CurrentPrincipal, request: Request, response: Response
+    ) -> FileOut:
+        """Takes raw bytes of any size. The file appears, or changes, when all of it has arrived."""
+        sandbox = await sandboxes.running(principal.project_id, sandbox_id)
+        size, created = await files.write(sandbox, _checked(path), request.stream())
+        response.status_code = 201 if created else 200
+        return FileOut(path=path, size=size)
+
+    return router
+
+
+async def _exactly(size: int, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The bytes announced: a file that grew is cut there; one that shrank breaks the connection, so that
+    nobody takes a part for the whole."""
+    left = size
+    async for chunk in chunks:
+        yield chunk[:left]
+        left -= len(chunk)
+        if left <= 0:
+            return
+
+
+def _checked(path: str) -> str:
+    if "\0" in path:
+        raise BadRequestError("'path' in the query holds a NUL character, which no path can.", param="path")
+    return path
