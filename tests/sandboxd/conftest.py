@@ -8,6 +8,9 @@ import pytest
 from sandboxd.kit.db import Database
 from sandboxd.kit.settings import Settings
 
+# By TCP, because docker-py leaks the socket when a unix address refuses it, and warnings are errors here.
+NO_ENGINE = "tcp://127.0.0.1:1"
+
 
 class FakeClock:
     def __init__(self) -> None:
@@ -30,7 +33,8 @@ def clock() -> FakeClock:
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    return Settings(state_dir=tmp_path / "state", run_dir=tmp_path / "run", port=0)
+    """No engine answers these: a test that needs one brings its own settings."""
+    return Settings(state_dir=tmp_path / "state", run_dir=tmp_path / "run", port=0, docker_url=NO_ENGINE)
 
 
 @pytest.fixture

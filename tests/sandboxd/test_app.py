@@ -2,7 +2,6 @@ import httpx2
 import pytest
 
 from sandboxd.app import VERSION, create_app
-from sandboxd.kit.settings import Settings
 
 OUR_METRIC = "sandboxd_http_requests_total"
 
@@ -53,8 +52,8 @@ async def test_metrics_are_for_loopback_peers(app, peer, status):
     assert (OUR_METRIC in response.text) == (status == 200)
 
 
-async def test_metrics_can_be_opened(tmp_path):
-    app = create_app(Settings(state_dir=tmp_path, metrics_public=True))
+async def test_metrics_can_be_opened(settings):
+    app = create_app(settings.model_copy(update={"metrics_public": True}))
     response = await client_of(app, "10.0.0.7").get("/metrics")
     assert OUR_METRIC in response.text
 

@@ -33,6 +33,7 @@ def environment(tmp_path):
         **kept,
         "SANDBOXD_STATE_DIR": str(tmp_path / "state"),
         "SANDBOXD_RUN_DIR": str(tmp_path / "run"),
+        "SANDBOXD_DOCKER_URL": "tcp://127.0.0.1:1",
         "SANDBOXD_PORT": str(free_port()),
     }
 
@@ -83,7 +84,7 @@ def test_the_daemon_serves_takes_a_new_key_and_stops_on_sigterm(daemon, environm
     assert not (state / "sandboxd.pid").exists()
     lines = [json.loads(line) for line in daemon.stderr.read().splitlines()]
     events = [line["event"] for line in lines]
-    assert events[0] == "listening"
+    assert "listening" in events
     assert events[-1] == "stopped"
     assert "draining" in events
 
