@@ -174,7 +174,11 @@ def _serve(env: dict[str, str]) -> subprocess.Popen[bytes]:
     state_dir = Path(env["SANDBOXD_STATE_DIR"])
     with (state_dir / "sandboxd.log").open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "sandboxd", "serve"], env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            [sys.executable, "-m", "sandboxd", "serve"],
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
         )
 
 

@@ -104,7 +104,7 @@ class Execs:
         self._close_pipes(run)
 
     def open_pipes(self, run: Exec, with_error: bool) -> List[int]:
-        """Pipes for stdin, stdout, stderr (and the error channel); returns the child's ends, ours to close."""
+        """Pipes for stdin, stdout, stderr (and the error channel); returns the child's ends, to be closed."""
         theirs: List[int] = []
         if run.stdin.nbytes:
             reader, run.stdin_fd = os.pipe()

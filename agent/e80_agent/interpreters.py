@@ -17,6 +17,11 @@ Spare = Tuple[int, socket.socket]
 OnSpare = Callable[[int, socket.socket], None]
 OnExit = Callable[[int, float, int], None]
 
+# The first entry of the path would be the working directory: it is taken away before anything is imported.
+_START = (
+    "import sys; sys.path[0] = %r; from e80_agent import interpreter; del sys.path[0]; interpreter.main(%r)"
+)
+
 _RESTART_DELAY_S = 0.2
 _RESTART_MAX_S = 5.0
 
@@ -96,9 +101,9 @@ class Interpreter:
             null = os.open("/dev/null", os.O_RDWR)
             tenant.keep_only([null, null, 2, control.fileno()])
             os.chdir("/")
-            code = "import sys; sys.path[0] = %r; from e80_agent import interpreter; del sys.path[0]; interpreter.main(%r)"
             here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-            os.execve(sys.executable, [sys.executable, "-B", "-c", code % (here, self._preload)], self._env)
+            code = _START % (here, self._preload)
+            os.execve(sys.executable, [sys.executable, "-B", "-c", code], self._env)
         finally:
             os._exit(127)
 

@@ -155,7 +155,7 @@ def _exit_status(error: SystemExit) -> int:
 
 
 def _report(error: BaseException) -> None:
-    """The traceback on stderr, from the tenant's first frame on, and the same as data on the error channel."""
+    """The traceback, from the tenant's first frame on: on stderr, and as data on the error channel."""
     trace = error.__traceback__
     while trace is not None and trace.tb_frame.f_code.co_filename != FILENAME:
         trace = trace.tb_next

@@ -24,7 +24,7 @@ class Spool:
 
     @classmethod
     def open(cls, exec_id: str, tenant: Tenant, limit: int) -> Optional[Spool]:
-        """Files made by a child that is the tenant: it decides what they are, never root. None if it cannot."""
+        """Files made by a child that is the tenant, never by root. None if it cannot."""
         directory = "%s/.8080/execs/%s" % (HOME, exec_id)
         ours, theirs = socket.socketpair()
 

@@ -169,7 +169,7 @@ class Agent:
             except AgentRefusedError as error:
                 stream.release()
                 finished = True
-                # The request was sent, the answer lost, and the exec may run: its id tells, it never runs twice.
+                # The request was sent and its answer lost: the exec runs, and never runs twice.
                 if error.agent_code != "exec_exists" or attempt == 0:
                     raise
             finally:

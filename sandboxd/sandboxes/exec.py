@@ -95,7 +95,7 @@ class ExecService:
         timeout_s = body.timeout_s if body.timeout_s is not None else self._settings.exec_timeout_s
         if timeout_s > self._settings.max_exec_timeout_s:
             raise LimitError(
-                f"timeout_s {timeout_s:g}: an exec may take up to {self._settings.max_exec_timeout_s:g} s on this server",
+                f"timeout_s {timeout_s:g}: the limit here is {self._settings.max_exec_timeout_s:g}",
                 param="timeout_s",
             )
         command = body.command

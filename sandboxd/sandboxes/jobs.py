@@ -163,7 +163,7 @@ class Warmer:
             self._wake.clear()
             while self._waiting:
                 await asyncio.sleep(_WARM_DELAY_S)
-                while self._service.creating:
+                while self._service.creating:  # noqa: ASYNC110 - an event would cost every create
                     await asyncio.sleep(_QUIET_POLL_S)
                 await self._warm(self._waiting.popleft())
 

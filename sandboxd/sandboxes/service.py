@@ -4,6 +4,7 @@ and no database session is open while the runtime or an agent is called."""
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
@@ -36,6 +37,13 @@ from sandboxd.sandboxes.states import ALIVE, Reason, Status
 log = structlog.get_logger(__name__)
 
 _SLOT_TRIES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    cpu_mhz: int
+    memory_size_mb: int
+    disk_size_mb: int
 
 
 class SandboxService:
@@ -135,7 +143,7 @@ class SandboxService:
         return sum(1 for task in self._busy.values() if task.get_name().startswith("create "))
 
     async def adopt(self, row: Sandbox) -> None:
-        """Takes up a running sandbox of an earlier process. Raises RuntimeFaultError when it is beyond that."""
+        """Takes up a running sandbox of an earlier process. Raises RuntimeFaultError when that fails."""
         if row.handle is None:
             raise RuntimeFaultError(f"sandbox {row.id} has no handle")
         await self._runtime.adopt(row.id, Handle(row.handle))
@@ -152,7 +160,7 @@ class SandboxService:
                 live.touched = False
                 await store.change(session, live.id, ALIVE, {"last_active_at": live.last_active_at})
 
-    def _limits(self, body: CreateSandboxBody) -> dict[str, int]:
+    def _limits(self, body: CreateSandboxBody) -> _Limits:
         settings = self._settings
         if body.gpu_count != 0:
             raise LimitError(
@@ -160,27 +168,28 @@ class SandboxService:
             )
         if body.timeout_s is None and not settings.allow_no_timeout:
             raise LimitError(
-                f"timeout_s null: sandboxes without a timeout are not allowed here, ask for up to {settings.max_timeout_s}",
+                "timeout_s null: sandboxes without a timeout are not allowed here, "
+                f"ask for up to {settings.max_timeout_s}",
                 param="timeout_s",
             )
         if body.timeout_s is not None:
             _within("timeout_s", body.timeout_s, 1, settings.max_timeout_s)
-        return {
-            "cpu_mhz": _within("cpu_mhz", body.cpu_mhz, 100, settings.max_cpu_mhz, settings.cpu_mhz),
-            "memory_size_mb": _within(
+        return _Limits(
+            cpu_mhz=_within("cpu_mhz", body.cpu_mhz, 100, settings.max_cpu_mhz, settings.cpu_mhz),
+            memory_size_mb=_within(
                 "memory_size_mb",
                 body.memory_size_mb,
                 64,
                 settings.max_memory_size_mb,
                 settings.memory_size_mb,
             ),
-            "disk_size_mb": _within(
+            disk_size_mb=_within(
                 "disk_size_mb", body.disk_size_mb, 16, settings.max_disk_size_mb, settings.disk_size_mb
             ),
-        }
+        )
 
     async def _insert(
-        self, principal: Principal, body: CreateSandboxBody, limits: dict[str, int], image: Image
+        self, principal: Principal, body: CreateSandboxBody, limits: _Limits, image: Image
     ) -> Sandbox:
         for _ in range(_SLOT_TRIES):
             now = self._clock.now()
@@ -200,7 +209,9 @@ class SandboxService:
                         created_at=now,
                         last_active_at=now,
                         boot_id=self._boot_id,
-                        **limits,
+                        cpu_mhz=limits.cpu_mhz,
+                        memory_size_mb=limits.memory_size_mb,
+                        disk_size_mb=limits.disk_size_mb,
                     )
                     session.add(row)
                 return row

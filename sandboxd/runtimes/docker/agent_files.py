@@ -24,12 +24,14 @@ MIN_PYTHON = (3, 8)
 _MAX_OUTPUT = 4096
 
 # Unchecked hashes: the mount's time stamps must not decide whether the compiled files count.
-_PREPARE = (
-    "import compileall, json, py_compile, sys; "
-    "ok = sys.version_info >= %r and compileall.compile_dir('/agent', quiet=1, "
-    "invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH); "
-    "open('/agent/image.json', 'w').write(json.dumps({'ok': bool(ok), 'python': '%%d.%%d.%%d' %% sys.version_info[:3]}))"
-)
+_PREPARE = """
+import compileall, json, py_compile, sys
+ok = sys.version_info >= %r
+mode = py_compile.PycInvalidationMode.UNCHECKED_HASH if ok else None
+ok = ok and bool(compileall.compile_dir('/agent', quiet=1, invalidation_mode=mode))
+facts = {'ok': ok, 'python': '.'.join(map(str, sys.version_info[:3]))}
+open('/agent/image.json', 'w').write(json.dumps(facts))
+"""
 
 
 class AgentFiles:
@@ -49,7 +51,7 @@ class AgentFiles:
     async def ensure_image(self, ref: str) -> Image:
         """See runtimes.base.ImageStore. The name is looked up every time: it may point elsewhere by now."""
         try:
-            facts = await self._engine.call(lambda client: client.inspect_image(ref))
+            facts = await self._engine.call(lambda client: client.inspect_image(ref))  # type: ignore[no-untyped-call]  # untyped in the stubs
         except NotFound as error:
             raise ImageNotFoundError(
                 f"image {ref!r} is not in the engine; build or load it, or name another", param="image"
@@ -105,9 +107,9 @@ class AgentFiles:
         }
 
         def run(client: docker.APIClient) -> Any:
-            client.create_container_from_config(config, name)
+            client.create_container_from_config(config, name)  # type: ignore[no-untyped-call]  # untyped in the stubs
             client.start(name)
-            return client.wait(name, timeout=PREPARE_TIMEOUT_S)
+            return client.wait(name, timeout=int(PREPARE_TIMEOUT_S))
 
         remove = self._remove(name)
         try:
@@ -123,7 +125,7 @@ class AgentFiles:
             await remove()
         if result.get("StatusCode") or not (folder / "image.json").is_file():
             raise ImageUnusableError(
-                f"python3 of image {ref!r} failed to compile the agent (exit status {result.get('StatusCode')})",
+                f"python3 of image {ref!r} failed to compile the agent: status {result.get('StatusCode')}",
                 param="image",
             )
 
@@ -140,7 +142,8 @@ class AgentFiles:
 def agent_source() -> Path:
     """The agent's package as it is installed beside the daemon."""
     spec = find_spec("e80_agent")
-    assert spec is not None and spec.origin is not None
+    assert spec is not None
+    assert spec.origin is not None
     return Path(spec.origin).parent
 
 
@@ -160,7 +163,7 @@ def _copy(source: Path, target: Path) -> None:
 
 def _finish(partial: Path, target: Path) -> None:
     for folder, _folders, names in os.walk(partial, followlinks=False):
-        os.chmod(folder, 0o755)
+        os.chmod(folder, 0o755)  # noqa: S103 - mounted read-only, and holds no secret
         for name in names:
             path = os.path.join(folder, name)
             if os.path.islink(path) or not os.path.isfile(path):

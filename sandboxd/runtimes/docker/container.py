@@ -22,7 +22,13 @@ CAPABILITIES = ["SETUID", "SETGID", "KILL"]
 # The agent's own processes come on top of what tenant code may start.
 AGENT_PROCESSES = 32
 
-_BOOT = f"import sys; sys.path.insert(0, {AGENT_TARGET!r}); from e80_agent.main import main; main({LINK_TARGET!r})"
+_BOOT = f"""
+import sys
+sys.path.insert(0, {AGENT_TARGET!r})
+from e80_agent.main import main
+main({LINK_TARGET!r})
+"""
+
 # Docker's own list, and what says something about the host that no program needs.
 _MASKED = [
     "/proc/acpi",

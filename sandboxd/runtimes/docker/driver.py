@@ -119,7 +119,7 @@ class DockerRuntime:
     async def _make_container(self, sandbox_id: str, config: dict[str, Any]) -> Handle:
         try:
             made = await self._engine.call(
-                lambda client: client.create_container_from_config(config, sandbox_id)
+                lambda client: client.create_container_from_config(config, sandbox_id)  # type: ignore[no-untyped-call]  # untyped in the stubs
             )
         except AlreadyExists:
             made = await self._engine.call(lambda client: client.inspect_container(sandbox_id))
@@ -166,9 +166,10 @@ class DockerRuntime:
         await asyncio.to_thread(shutil.rmtree, self._links_dir / sandbox_id, True)
 
     async def _until_gone(self, sandbox_id: str) -> None:
-        async with asyncio.timeout(30):
-            while (await self.observe(Handle(sandbox_id))).phase is not Phase.GONE:
-                await asyncio.sleep(0.05)
+        try:
+            await self._engine.call(lambda client: client.wait(sandbox_id, condition="removed"))
+        except NotFound:
+            return
 
     async def adopt(self, sandbox_id: str, handle: Handle) -> None:
         if sandbox_id in self._links:

@@ -27,7 +27,7 @@ def inspect(info: dict[str, Any], settings: Settings) -> Capabilities:
     userns = any("userns" in item for item in options)
     level = 2 if settings.runtime == "runsc" else 1 if userns else 0
     checks = [
-        _isolation(level, settings.runtime),
+        _isolation(level),
         _engine(info),
         _runtime_version(info, settings.runtime),
         _seccomp(options, settings.runtime),
@@ -44,7 +44,7 @@ def inspect(info: dict[str, Any], settings: Settings) -> Capabilities:
     return Capabilities(runtime=settings.runtime, isolation_level=level, checks=checks)
 
 
-def _isolation(level: int, runtime: str) -> Check:
+def _isolation(level: int) -> Check:
     names = {0: "runc", 1: "runc with user namespaces", 2: "gVisor"}
     message = {
         0: "containers share the host's kernel: a bug in it can be an escape",

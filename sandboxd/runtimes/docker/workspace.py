@@ -40,45 +40,56 @@ class Workspaces:
 
     async def create(self, sandbox_id: str, size_mb: int, max_files: int, uid: int) -> None:
         """Makes and mounts a fresh workspace owned by `uid`. Raises RuntimeFaultError."""
-        folder = self._folder / sandbox_id
-        file = folder / "workspace.ext4"
+        file = self._folder / sandbox_id / "workspace.ext4"
         mount_point = self.mount_point(sandbox_id)
-        if os.path.ismount(mount_point):
+        if mount_point.is_mount():
             return
-        with open(file, "wb") as sparse:
-            sparse.truncate(size_mb * 1024 * 1024)
+        await asyncio.to_thread(_make_sparse, file, size_mb)
         await _run(*_MKFS, "-N", str(max_files), "-E", _MKFS_EXTENDED, str(file))
         await _run("mount", "-o", _MOUNT_OPTIONS, str(file), str(mount_point))
-        for name, mode in _FOLDERS.items():
-            path = mount_point / name
-            path.mkdir()
-            os.chown(path, uid, uid)
-            os.chmod(path, mode)
-        (mount_point / "lost+found").rmdir()
+        await asyncio.to_thread(_furnish, mount_point, uid)
 
     async def remove(self, sandbox_id: str) -> None:
         """Unmounts and deletes; a workspace that is not there is success."""
         folder = self._folder / sandbox_id
         mount_point = self.mount_point(sandbox_id)
-        if os.path.ismount(mount_point):
+        if mount_point.is_mount():
             try:
                 await _run("umount", str(mount_point))
             except RuntimeFaultError:
                 # Busy for a moment after the container's end: it goes when its last user does.
                 await _run("umount", "--lazy", str(mount_point))
-        if folder.is_dir():
-            # Not a tree: a mount point that could not be unmounted must stop this, not be emptied.
-            for path in (mount_point / "home", mount_point / "tmp", mount_point):
-                if path.is_dir():
-                    path.rmdir()
-            (folder / "workspace.ext4").unlink(missing_ok=True)
-            folder.rmdir()
+        await asyncio.to_thread(_delete, folder)
 
     def list(self) -> list[str]:
         return sorted(entry.name for entry in self._folder.iterdir())
 
     def free_mb(self) -> int:
         return shutil.disk_usage(self._folder).free // (1024 * 1024)
+
+
+def _make_sparse(file: Path, size_mb: int) -> None:
+    with file.open("wb") as sparse:
+        sparse.truncate(size_mb * 1024 * 1024)
+
+
+def _furnish(root: Path, uid: int) -> None:
+    """The two folders that the sandbox sees, in a file system no tenant has touched yet."""
+    for name, mode in _FOLDERS.items():
+        (root / name).mkdir()
+        os.chown(root / name, uid, uid)
+        (root / name).chmod(mode)
+    (root / "lost+found").rmdir()
+
+
+def _delete(folder: Path) -> None:
+    # Not a tree: a mount point that could not be unmounted must stop this, not be emptied.
+    for path in (folder / "mnt" / "home", folder / "mnt" / "tmp", folder / "mnt"):
+        if path.is_dir():
+            path.rmdir()
+    if folder.is_dir():
+        (folder / "workspace.ext4").unlink(missing_ok=True)
+        folder.rmdir()
 
 
 async def _run(*argv: str) -> None:
