@@ -100,11 +100,19 @@ def _serve(settings: Settings) -> int:
 
 
 async def _run(settings: Settings) -> int:
+    app = create_app(settings)
     stop = asyncio.Event()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            # Asked twice: whoever sends it does not want to wait for the drain.
+            app.state.services.drain.cancel()
+        stop.set()
+
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    return await serve(create_app(settings), stop)
+        loop.add_signal_handler(number, on_signal)
+    return await serve(app, stop)
 
 
 async def serve(app: FastAPI, stop: asyncio.Event) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 from e80_agent import protocol
 
 from sandboxd.agentlink.errors import AgentRefusedError, LinkBrokenError
-from sandboxd.runtimes.base import Stream
+from sandboxd.kit.streams import Stream
 
 CALL_TIMEOUT_S = 10.0
 REATTACH_TIMEOUT_S = 10.0
@@ -87,7 +87,7 @@ class ExecRequest:
 
 
 class Agent:
-    """The agent of one sandbox. Raises AgentUnreachableError, AgentRefusedError, LinkBrokenError."""
+    """The agent of one sandbox. Raises AgentRefusedError, LinkBrokenError, and what `dial` raises."""
 
     def __init__(self, dial: Dial) -> None:
         self._dial = dial

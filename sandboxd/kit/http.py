@@ -358,12 +358,15 @@ def _known_fields(request: Request) -> str:
 def _read_headers(scope: Scope) -> tuple[str, int | None]:
     request_id: str | None = None
     content_length: int | None = None
+    chunked = False
     for name, value in scope["headers"]:
         if name == b"content-length":
             content_length = int(value) if value.isdigit() and len(value) < 19 else None
+        elif name == b"transfer-encoding":
+            chunked = True
         elif name == b"x-request-id" and REQUEST_ID.fullmatch(value):
             request_id = value.decode("ascii")
-    return request_id or new_id("req"), content_length
+    return request_id or new_id("req"), None if chunked else content_length
 
 
 def _too_large(limit: int, size: int | None = None) -> TooLargeError:

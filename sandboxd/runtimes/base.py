@@ -4,11 +4,12 @@ No exec, terminal or file call is in it: those are the agent protocol over `dial
 everything above a driver.
 """
 
-import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal, NewType, Protocol
+
+from sandboxd.kit.streams import Stream
 
 Handle = NewType("Handle", str)
 
@@ -88,19 +89,6 @@ class Capabilities:
     pause: bool = False
     snapshot: bool = False
     checks: Sequence[Check] = field(default_factory=tuple)
-
-
-class Stream(Protocol):
-    """One authenticated connection to an agent, between requests."""
-
-    reader: asyncio.StreamReader
-    writer: asyncio.StreamWriter
-
-    def release(self) -> None:
-        """Gives a connection back that is between requests; another caller may get it."""
-
-    def close(self) -> None:
-        """Ends the connection. May be called twice, and after `release` it does nothing."""
 
 
 class Runtime(Protocol):

@@ -5,6 +5,7 @@ import codecs
 import signal
 import time
 from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
@@ -20,7 +21,6 @@ from sandboxd.kit.tasks import TaskOwner
 from sandboxd.runtimes.errors import AgentUnreachableError
 from sandboxd.sandboxes.errors import BusyError, LimitError
 from sandboxd.sandboxes.live import LiveSandbox, LiveSandboxes
-from sandboxd.sandboxes.schemas import ExecBody
 from sandboxd.sandboxes.states import ExecStatus
 
 log = structlog.get_logger(__name__)
@@ -29,6 +29,20 @@ HOME = "/home/user"
 # What a shell answers for a program that is not there, or may not be run.
 _NOT_STARTED = {"command_not_found": 127, "command_not_executable": 126}
 _ENDED = {"timeout": ExecStatus.TIMED_OUT, "killed": ExecStatus.KILLED, "oom": ExecStatus.OOM}
+
+
+@dataclass(frozen=True, slots=True)
+class NewExec:
+    """What a client wants to run: Python `code`, or a `command` as argv or as text for `bash -lc`."""
+
+    code: str | None = None
+    command: str | list[str] | None = None
+    cwd: str = HOME
+    env: dict[str, str] = field(default_factory=dict)
+    stdin: str = ""
+    timeout_s: float | None = None
+    stream: bool = False
+    fresh: bool = False
 
 
 class ExecService:
@@ -41,15 +55,15 @@ class ExecService:
         self._tasks = tasks
         self._live = live
 
-    async def run(self, sandbox: LiveSandbox, body: ExecBody) -> dict[str, Any]:
+    async def run(self, sandbox: LiveSandbox, wanted: NewExec) -> dict[str, Any]:
         """The result of the exec, as the API shows it."""
         run = _Run(sandbox.id, self._clock.now())
-        async for event in self._events(sandbox, body, run):
+        async for event in self._events(sandbox, wanted, run):
             run.add(event)
         return self._result(run)
 
     async def stream(
-        self, sandbox: LiveSandbox, body: ExecBody
+        self, sandbox: LiveSandbox, wanted: NewExec
     ) -> AsyncGenerator[tuple[str, Mapping[str, Any]]]:
         """Stream events: the start, each piece of output, the full result."""
         run = _Run(sandbox.id, self._clock.now())
@@ -59,7 +73,7 @@ class ExecService:
                 "exec.started",
                 {"exec": {"id": run.id, "sandbox_id": sandbox.id, "started_at": run.started_at}},
             )
-            async for event in self._events(sandbox, body, run):
+            async for event in self._events(sandbox, wanted, run):
                 run.add(event)
                 if isinstance(event, Output):
                     for delta in decoders[event.is_stderr].feed(event.data):
@@ -73,8 +87,8 @@ class ExecService:
                 # Nobody listens any more, and nobody could ever see the result.
                 self._tasks.start(f"cancel {run.id}", self._cancel(sandbox, run.id))
 
-    async def _events(self, sandbox: LiveSandbox, body: ExecBody, run: "_Run") -> AsyncGenerator[Event]:
-        request = self._request(sandbox, body, run.id)
+    async def _events(self, sandbox: LiveSandbox, wanted: NewExec, run: "_Run") -> AsyncGenerator[Event]:
+        request = self._request(sandbox, wanted, run.id)
         sandbox.execs += 1
         try:
             async for event in sandbox.agent.run(request):
@@ -91,27 +105,27 @@ class ExecService:
             sandbox.execs -= 1
             sandbox.touch(self._clock.now())
 
-    def _request(self, sandbox: LiveSandbox, body: ExecBody, exec_id: str) -> ExecRequest:
-        timeout_s = body.timeout_s if body.timeout_s is not None else self._settings.exec_timeout_s
+    def _request(self, sandbox: LiveSandbox, wanted: NewExec, exec_id: str) -> ExecRequest:
+        timeout_s = wanted.timeout_s if wanted.timeout_s is not None else self._settings.exec_timeout_s
         if timeout_s > self._settings.max_exec_timeout_s:
             raise LimitError(
                 f"timeout_s {timeout_s:g}: the limit here is {self._settings.max_exec_timeout_s:g}",
                 param="timeout_s",
             )
-        command = body.command
+        command = wanted.command
         argv = ("bash", "-lc", command) if isinstance(command, str) else tuple(command or ())
         return ExecRequest(
             id=exec_id,
-            env={**sandbox.env, **body.env} if body.env else sandbox.env,
-            cwd=body.cwd if body.cwd.startswith("/") else f"{HOME}/{body.cwd}",
+            env={**sandbox.env, **wanted.env} if wanted.env else sandbox.env,
+            cwd=wanted.cwd if wanted.cwd.startswith("/") else f"{HOME}/{wanted.cwd}",
             timeout_s=timeout_s,
             output_limit=self._settings.exec_output_mb * 1024 * 1024,
             spool_limit=self._settings.exec_spool_mb * 1024 * 1024,
-            stream=body.stream,
-            stdin=body.stdin.encode(),
-            code=None if body.code is None else body.code.encode(),
+            stream=wanted.stream,
+            stdin=wanted.stdin.encode(),
+            code=None if wanted.code is None else wanted.code.encode(),
             argv=argv,
-            fresh=body.fresh,
+            fresh=wanted.fresh,
         )
 
     def _result(self, run: "_Run") -> dict[str, Any]:

@@ -37,7 +37,7 @@ def make_router(sandboxes: SandboxService, execs: ExecService) -> APIRouter:
     @router.post("", status_code=201)
     async def create_sandbox(body: CreateSandboxBody, principal: CurrentPrincipal) -> SandboxOut:
         check_project(principal, body.project)
-        return out(await sandboxes.create(principal, body), principal)
+        return out(await sandboxes.create(principal, body.wanted()), principal)
 
     @router.get("")
     async def list_sandboxes(
@@ -68,8 +68,8 @@ def make_router(sandboxes: SandboxService, execs: ExecService) -> APIRouter:
         check_project(principal, body.project)
         sandbox = await sandboxes.running(principal.project_id, sandbox_id)
         if body.stream:
-            return sse_response(execs.stream(sandbox, body))
-        result = await execs.run(sandbox, body)
+            return sse_response(execs.stream(sandbox, body.wanted()))
+        result = await execs.run(sandbox, body.wanted())
         # Built by hand: validating our own output again would be a quarter of the whole call.
         return Response(json.dumps(result), media_type="application/json")
 

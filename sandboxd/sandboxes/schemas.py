@@ -7,7 +7,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from sandboxd.kit.http import Body
 from sandboxd.kit.paging import Resource
+from sandboxd.sandboxes.exec import HOME, NewExec
 from sandboxd.sandboxes.models import Sandbox
+from sandboxd.sandboxes.service import NewSandbox
 
 MAX_ENV_BYTES = 64 * 1024
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -84,6 +86,19 @@ class CreateSandboxBody(Body):
     network: Network = Field(default_factory=Network)
     wait: bool = Field(True, description="Answer when the sandbox runs, not when it is only on its way.")
 
+    def wanted(self) -> NewSandbox:
+        return NewSandbox(
+            image=self.image,
+            cpu_mhz=self.cpu_mhz,
+            memory_size_mb=self.memory_size_mb,
+            disk_size_mb=self.disk_size_mb,
+            gpu_count=self.gpu_count,
+            timeout_s=self.timeout_s,
+            labels=self.labels,
+            env=self.env,
+            wait=self.wait,
+        )
+
 
 class SandboxOut(Resource):
     object: Literal["sandbox"] = "sandbox"
@@ -140,7 +155,7 @@ class ExecBody(Body):
     command: Argument | Annotated[list[Argument], Field(min_length=1, max_length=10_000)] | None = Field(
         None, description="A list is the program and its arguments; a string is run by `bash -lc`."
     )
-    cwd: Argument = Field("/home/user", min_length=1, max_length=4096)
+    cwd: Argument = Field(HOME, min_length=1, max_length=4096)
     env: Env = Field(default_factory=dict)
     stdin: Text = Field("", description="Given to the program; without it stdin is closed.")
     timeout_s: float | None = Field(None, gt=0, description="Seconds; the server's default when not given.")
@@ -158,6 +173,18 @@ class ExecBody(Body):
         if self.command is not None and self.fresh:
             raise ValueError("'fresh' is for 'code'; a command is always a new process")
         return self
+
+    def wanted(self) -> NewExec:
+        return NewExec(
+            code=self.code,
+            command=self.command,
+            cwd=self.cwd,
+            env=self.env,
+            stdin=self.stdin,
+            timeout_s=self.timeout_s,
+            stream=self.stream,
+            fresh=self.fresh,
+        )
 
 
 class ExecErrorOut(BaseModel):

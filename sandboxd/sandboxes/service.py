@@ -4,7 +4,7 @@ and no database session is open while the runtime or an agent is called."""
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
@@ -31,12 +31,26 @@ from sandboxd.sandboxes.errors import (
 )
 from sandboxd.sandboxes.live import LiveSandbox, LiveSandboxes
 from sandboxd.sandboxes.models import Sandbox
-from sandboxd.sandboxes.schemas import CreateSandboxBody
 from sandboxd.sandboxes.states import ALIVE, Reason, Status
 
 log = structlog.get_logger(__name__)
 
 _SLOT_TRIES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class NewSandbox:
+    """What a client asks for; None where it leaves the choice to the server."""
+
+    image: str | None = None
+    cpu_mhz: int | None = None
+    memory_size_mb: int | None = None
+    disk_size_mb: int | None = None
+    gpu_count: int = 0
+    timeout_s: float | None = 300
+    labels: dict[str, str] = field(default_factory=dict)
+    env: dict[str, str] = field(default_factory=dict)
+    wait: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +87,16 @@ class SandboxService:
         self.live = LiveSandboxes()
         self.on_running: Callable[[LiveSandbox], None] = lambda _live: None
 
-    async def create(self, principal: Principal, body: CreateSandboxBody) -> Sandbox:
+    async def create(self, principal: Principal, wanted: NewSandbox) -> Sandbox:
         """A new sandbox: running, or with `wait` false on its way. Nothing is left of one that failed but
         its row, which says why."""
-        limits = self._limits(body)
-        image = await self._images.ensure_image(body.image or self._settings.default_image)
-        row = await self._insert(principal, body, limits, image)
+        limits = self._limits(wanted)
+        image = await self._images.ensure_image(wanted.image or self._settings.default_image)
+        row = await self._insert(principal, wanted, limits, image)
         task = self._tasks.start(f"create {row.id}", self._start(row))
         self._busy[row.id] = task
         task.add_done_callback(lambda _task: self._busy.pop(row.id, None))
-        if not body.wait:
+        if not wanted.wait:
             return row
         # A client that hangs up, or a drain, must not leave half a sandbox behind.
         return await asyncio.shield(task)
@@ -160,36 +174,36 @@ class SandboxService:
                 live.touched = False
                 await store.change(session, live.id, ALIVE, {"last_active_at": live.last_active_at})
 
-    def _limits(self, body: CreateSandboxBody) -> _Limits:
+    def _limits(self, wanted: NewSandbox) -> _Limits:
         settings = self._settings
-        if body.gpu_count != 0:
+        if wanted.gpu_count != 0:
             raise LimitError(
-                f"gpu_count {body.gpu_count}: this server has no GPU runtime, ask for 0", param="gpu_count"
+                f"gpu_count {wanted.gpu_count}: this server has no GPU runtime, ask for 0", param="gpu_count"
             )
-        if body.timeout_s is None and not settings.allow_no_timeout:
+        if wanted.timeout_s is None and not settings.allow_no_timeout:
             raise LimitError(
                 "timeout_s null: sandboxes without a timeout are not allowed here, "
                 f"ask for up to {settings.max_timeout_s}",
                 param="timeout_s",
             )
-        if body.timeout_s is not None:
-            _within("timeout_s", body.timeout_s, 1, settings.max_timeout_s)
+        if wanted.timeout_s is not None:
+            _within("timeout_s", wanted.timeout_s, 1, settings.max_timeout_s)
         return _Limits(
-            cpu_mhz=_within("cpu_mhz", body.cpu_mhz, 100, settings.max_cpu_mhz, settings.cpu_mhz),
+            cpu_mhz=_within("cpu_mhz", wanted.cpu_mhz, 100, settings.max_cpu_mhz, settings.cpu_mhz),
             memory_size_mb=_within(
                 "memory_size_mb",
-                body.memory_size_mb,
+                wanted.memory_size_mb,
                 64,
                 settings.max_memory_size_mb,
                 settings.memory_size_mb,
             ),
             disk_size_mb=_within(
-                "disk_size_mb", body.disk_size_mb, 16, settings.max_disk_size_mb, settings.disk_size_mb
+                "disk_size_mb", wanted.disk_size_mb, 16, settings.max_disk_size_mb, settings.disk_size_mb
             ),
         )
 
     async def _insert(
-        self, principal: Principal, body: CreateSandboxBody, limits: _Limits, image: Image
+        self, principal: Principal, wanted: NewSandbox, limits: _Limits, image: Image
     ) -> Sandbox:
         for _ in range(_SLOT_TRIES):
             now = self._clock.now()
@@ -201,11 +215,11 @@ class SandboxService:
                         slot=_first_free(await store.taken_slots(session), self._settings.max_sandboxes),
                         runtime=self._settings.runtime,
                         isolation=self.isolation,
-                        image=body.image or self._settings.default_image,
+                        image=wanted.image or self._settings.default_image,
                         image_digest=image.digest,
-                        labels=body.labels,
-                        env=body.env,
-                        timeout_s=body.timeout_s,
+                        labels=wanted.labels,
+                        env=wanted.env,
+                        timeout_s=wanted.timeout_s,
                         created_at=now,
                         last_active_at=now,
                         boot_id=self._boot_id,
@@ -280,7 +294,7 @@ class SandboxService:
         try:
             await self._runtime.delete(row.id)
         except SandboxdError as fault:
-            # The sweep tries again: the row is dead, so whatever is left belongs to nobody.
+            # The sweep tries again: the row is dead, so whatever is left belongs to nowanted.
             log.warning("sandbox.cleanup_failed", reason=fault.message)
         now = self._clock.now()
         async with self._db.write() as session:

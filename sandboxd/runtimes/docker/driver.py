@@ -13,6 +13,7 @@ import httpx2
 import structlog
 
 from sandboxd.kit.settings import Settings
+from sandboxd.kit.streams import Stream
 from sandboxd.runtimes.base import (
     Capabilities,
     Exited,
@@ -226,7 +227,7 @@ class DockerRuntime:
             except httpx2.HTTPError as error:
                 raise EngineUnavailableError(f"lost the engine's events: {error}") from error
 
-    async def dial(self, sandbox_id: str, timeout_s: float) -> Any:
+    async def dial(self, sandbox_id: str, timeout_s: float) -> Stream:
         link = self._links.get(sandbox_id)
         if link is None:
             raise AgentUnreachableError(f"sandbox {sandbox_id} is not served by this daemon")

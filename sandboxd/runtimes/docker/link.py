@@ -32,7 +32,7 @@ PeerCheck = Callable[[int], bool]
 
 
 class LinkStream:
-    """One proved connection; see runtimes.base.Stream."""
+    """One proved connection; see kit.streams.Stream."""
 
     def __init__(self, link: "Link", reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
