@@ -237,3 +237,14 @@ async def read_until_cut(served: Served) -> str:
     except httpx2.RemoteProtocolError:
         return text
     raise AssertionError(f"the stream ended as if all were well: {text!r}")
+
+
+async def test_cutting_the_drain_short_ends_it_at_once(settings):
+    async with Served(settings_with(settings, 3600)) as served:
+        running = asyncio.create_task(served.client.get("/hang"))
+        await served.entered.wait()
+        served.stop.set()
+        served.app.state.services.drain.cancel()
+        assert (await running).status_code == 503
+        async with asyncio.timeout(DEADLINE_S):
+            assert await served.serving == 0

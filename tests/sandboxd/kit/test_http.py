@@ -5,6 +5,8 @@ from typing import Annotated
 import httpx2
 import pytest
 from fastapi import FastAPI, Query, Request
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from starlette.responses import StreamingResponse
 from structlog.testing import capture_logs
 
@@ -82,6 +84,9 @@ def add_stream(app: FastAPI) -> None:
 def client():
     transport = httpx2.ASGITransport(app=make_app())
     return httpx2.AsyncClient(transport=transport, base_url="http://test")
+
+
+FUZZED = make_app()
 
 
 def error_of(response) -> dict[str, object]:
@@ -245,6 +250,54 @@ async def test_a_body_over_the_limit_is_413(client):
         assert response.status_code == 413
         assert error_of(response)["code"] == "too_large"
         assert str(LIMIT) in error_of(response)["message"]
+
+
+async def test_a_false_content_length_does_not_hide_a_chunked_body():
+    async def receive():
+        return {"type": "http.request", "body": b"x" * 600, "more_body": True}
+
+    sent = []
+
+    async def send(message) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/echo",
+        "raw_path": b"/v1/echo",
+        "query_string": b"",
+        "headers": [(b"content-length", b"5"), (b"transfer-encoding", b"chunked")],
+    }
+    async with asyncio.timeout(5):
+        await make_app()(scope, receive, send)
+    assert sent[0]["status"] == 413
+
+
+FIELDS = st.sampled_from(["text", "count", "ratio", "tags", "log"]) | st.text()
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["text", "count", "ratio", "tags", "log"]) | st.text(), inner, max_size=4
+        )
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(JSON_VALUES.map(json.dumps) | st.binary(max_size=40))
+def test_no_body_whatsoever_is_our_fault(content):
+    async def post() -> httpx2.Response:
+        transport = httpx2.ASGITransport(app=FUZZED)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await send_json(client, content)
+
+    response = asyncio.run(post())
+    assert response.status_code in (200, 400)
+    assert response.status_code == 200 or error_of(response)["message"].isprintable()
 
 
 async def test_files_stream_past_the_limit(client):
