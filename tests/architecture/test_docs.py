@@ -36,7 +36,7 @@ def test_every_route_is_documented(docs, tmp_path):
     text = PARAMETER.sub("{}", docs)
     documented = {
         (method, path)
-        for methods, path in re.findall(r"`?((?:[A-Z]+/?)+)`? `?(/[^\s`?)|,]*)", text)
+        for methods, path in re.findall(r"((?:[A-Z]+/?)+)[`\s|]+(/[^\s`?)|,]*)", text)
         for method in methods.split("/")
     }
     app = create_app(Settings(state_dir=tmp_path))

@@ -128,19 +128,46 @@ def test_every_module_says_what_it_owns():
     assert silent == []
 
 
-def test_no_task_without_an_owner():
-    # main.py holds the process's own tasks; everything else starts them with kit/tasks.py or in a TaskGroup.
-    allowed = {ROOT / "sandboxd/kit/tasks.py", ROOT / "sandboxd/main.py"}
-    bare = [
-        shown(path, node)
-        for path in sources("sandboxd")
-        if path not in allowed
-        for node in ast.walk(tree_of(path))
-        if isinstance(node, ast.Call)
+def is_bare_task(node: ast.AST) -> bool:
+    return (
+        isinstance(node, ast.Call)
         and isinstance(node.func, ast.Attribute)
         and node.func.attr in {"create_task", "ensure_future"}
         and not (isinstance(node.func.value, ast.Name) and "group" in node.func.value.id)
-    ]
+    )
+
+
+def cancelled_in_finally(function: ast.AST) -> set[str]:
+    return {
+        call.func.value.id
+        for block in ast.walk(function)
+        if isinstance(block, ast.Try)
+        for step in block.finalbody
+        for call in ast.walk(step)
+        if isinstance(call, ast.Call)
+        and isinstance(call.func, ast.Attribute)
+        and call.func.attr == "cancel"
+        and isinstance(call.func.value, ast.Name)
+    }
+
+
+def test_no_task_without_an_owner():
+    """A task is started by kit/tasks.py, by a TaskGroup, or by a function that cancels it in a `finally`."""
+    bare = []
+    for path in sources("sandboxd"):
+        if path == ROOT / "sandboxd/kit/tasks.py":
+            continue
+        tree = tree_of(path)
+        owned = {
+            id(step.value)
+            for function in ast.walk(tree)
+            if isinstance(function, ast.AsyncFunctionDef | ast.FunctionDef)
+            for step in ast.walk(function)
+            if isinstance(step, ast.Assign)
+            and isinstance(step.targets[0], ast.Name)
+            and step.targets[0].id in cancelled_in_finally(function)
+        }
+        bare += [shown(path, node) for node in ast.walk(tree) if is_bare_task(node) and id(node) not in owned]
     assert bare == []
 
 
