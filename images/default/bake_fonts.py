@@ -27,7 +27,10 @@ def main() -> None:
         from matplotlib import font_manager  # noqa: PLC0415
 
         target = pathlib.Path(matplotlib.get_data_path(), "fontlist.json")
-        font_manager.json_dump(font_manager.fontManager, str(target))
+        fonts = font_manager.fontManager
+        for entries in (fonts.ttflist, fonts.afmlist):  # found in an order of chance
+            entries.sort(key=lambda entry: (entry.fname, entry.name))
+        font_manager.json_dump(fonts, str(target))
     if not json.loads(target.read_text(encoding="utf-8"))["ttflist"]:
         sys.exit("matplotlib found no fonts")
     source_path.write_text(source.replace(BEFORE, AFTER), encoding="utf-8")

@@ -27,12 +27,13 @@ rm -f /usr/lib/python3*/EXTERNALLY-MANAGED
 find "$site" -type d -name tests -not -path "$site/numpy/*" -prune -exec rm -rf {} +
 rm -rf "$site/matplotlib/mpl-data/sample_data"
 find /usr/share/doc -not -name copyright -not -type d -delete
-find /usr/share/man /usr/share/info /usr/share/locale -mindepth 1 -delete 2>/dev/null || true
+find /usr/share/man /usr/share/info /usr/share/locale -mindepth 1 -delete
+find /etc/alternatives -xtype l -delete
 rm -rf /usr/share/lintian /usr/share/bash-completion /root/.cache
 find /var/log -type f -delete
 # No package sources, nor the settings to reach them: those of the building machine are its own affair.
-rm -rf /etc/apt/sources.list /etc/apt/sources.list.d/* /etc/apt/apt.conf.d/99mmdebstrap
-rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin /var/cache/apt/archives/*.deb /var/cache/ldconfig/aux-cache
+rm -rf /etc/apt/sources.list /etc/apt/sources.list.d/* /etc/apt/apt.conf.d/99mmdebstrap /etc/dpkg/dpkg.cfg.d/99mmdebstrap
+rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin /var/cache/apt/archives/*.deb /var/cache/ldconfig/aux-cache /var/lib/dpkg/*-old
 
 step "settings"
 mkdir -p /home/user /opt/e80

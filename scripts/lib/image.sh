@@ -30,6 +30,8 @@ ensure_image() {
   engine tag "$IMAGE_NAME:building" "$image"
   engine tag "$IMAGE_NAME:building" "$IMAGE_NAME:latest"
   engine rmi "$IMAGE_NAME:building" >/dev/null
+  # What --force replaced has no name any more; the engine keeps it while a container uses it.
+  engine image prune --force --filter label=e80.content-hash >/dev/null
   say "$image is ready: $(($(engine image inspect --format '{{.Size}}' "$image") / 1000000)) MB"
 }
 
@@ -75,9 +77,12 @@ build_from_dockerfile() {
   say "  building the Dockerfile ..."
   # The host's network: the engine may have no bridge. The output of apt goes to a log, progress to the eye.
   DOCKER_BUILDKIT=0 engine build --network host --force-rm --label "e80.content-hash=$1" \
-    --tag "$IMAGE_NAME:building" "$CONTEXT" >"$REPO/build/image.log" 2>&1 && return
-  tail -n 15 "$REPO/build/image.log" >&2
-  return 1
+    --tag "$IMAGE_NAME:building" "$CONTEXT" >"$REPO/build/image.log" 2>&1 || {
+    tail -n 15 "$REPO/build/image.log" >&2
+    return 1
+  }
+  # The first stage, which the builder keeps.
+  engine image prune --force --filter label=e80.stage=build >/dev/null
 }
 
 build_from_packages() {

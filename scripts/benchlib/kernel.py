@@ -1,0 +1,68 @@
+"""What the kernel says of the host, of a process, and of a container's control groups (version 1 or 2)."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from scripts.benchlib.daemon import docker
+from scripts.benchlib.figures import BenchError
+
+_ROOT = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Group:
+    """The groups of one container."""
+
+    memory: Path
+    cpu: Path
+    cpuacct: Path
+
+    @classmethod
+    def of(cls, container: str) -> "Group":
+        pid = docker("inspect", "--format", "{{.State.Pid}}", container).strip()
+        paths = {}
+        for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
+            _number, controllers, path = line.split(":", 2)
+            for controller in controllers.split(","):
+                paths[controller] = _ROOT / controller / path.lstrip("/")
+        if "memory" in paths:
+            return cls(paths["memory"], paths["cpu"], paths["cpuacct"])
+        return cls(paths[""], paths[""], paths[""])
+
+    def memory_mb(self) -> float:
+        """What this container alone costs: anonymous and shared memory, and the kernel's own for it (page
+        tables, stacks, slabs). Not the page cache: files of the image are there once for all containers."""
+        facts = _table(self.memory / "memory.stat")
+        if "total_rss" in facts:
+            kernel = int((self.memory / "memory.kmem.usage_in_bytes").read_text())
+            return (facts["total_rss"] + facts["total_shmem"] + kernel) / 2**20
+        return (facts["anon"] + facts["shmem"] + facts["kernel"]) / 2**20
+
+    def cpu_ms(self) -> float:
+        usage = self.cpuacct / "cpuacct.usage"
+        if usage.exists():
+            return int(usage.read_text()) / 1e6
+        return _table(self.cpu / "cpu.stat")["usage_usec"] / 1e3
+
+    def throttled(self) -> int:
+        """In how many periods its CPU quota was used up."""
+        return _table(self.cpu / "cpu.stat")["nr_throttled"]
+
+
+def available_mb() -> float:
+    """Memory of the host that new programs could have."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) / 1024
+    raise BenchError("/proc/meminfo has no MemAvailable")
+
+
+def process_cpu_ms(pid: int) -> float:
+    """CPU time that a process, with all its threads, has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) * 1000 / os.sysconf("SC_CLK_TCK")
+
+
+def _table(file: Path) -> dict[str, int]:
+    return {name: int(value) for name, value in (line.split() for line in file.read_text().splitlines())}

@@ -1,0 +1,364 @@
+"""The rows of the table: each function measures one, cleans up after itself and returns it."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from scripts.benchlib import reference
+from scripts.benchlib.client import PANDAS, PANDAS_OUTPUT, PLAIN, PLAIN_OUTPUT, Api
+from scripts.benchlib.daemon import Daemon
+from scripts.benchlib.figures import BenchError, Row, Series, alternate, at_least, at_most
+from scripts.benchlib.kernel import Group, available_mb, process_cpu_ms
+
+CLIENTS = 16
+# As many as the daemon itself starts at once.
+BURST_AT_ONCE = 4
+HOST_MEMORY_MB = 24 * 1024
+_TIMEOUT_S = 0.2
+
+# Times another interpreter from inside the container, so that no docker exec is in the figure.
+_TIME_INSIDE = """
+import subprocess, sys, time
+start = time.perf_counter()
+done = subprocess.run([sys.executable, "-c", {code!r}], capture_output=True, text=True)
+elapsed = time.perf_counter() - start
+assert done.stdout == {expected!r}, done
+print(elapsed * 1000)
+"""
+_BUSY = "while True: pass"
+# What a timeout finds at its worst: children in sessions of their own that ignore signals and use up the CPU.
+_BUSY_MANY = """
+import os, signal
+for number in range(4):
+    if os.fork() == 0:
+        os.setsid()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        break
+while True: pass
+"""
+
+
+@dataclass
+class Bench:
+    """What the rows work with. `daemon` is None when the server is not ours to restart or look into."""
+
+    api: Api
+    daemon: Daemon | None
+    quick: bool
+
+    def times(self, full: int, quick: int) -> int:
+        return quick if self.quick else full
+
+    def timed_create(self, api: Api, made: list[str]) -> tuple[float, float]:
+        """Milliseconds until a new sandbox was answered, and until its first result was here."""
+        start = time.perf_counter()
+        sandbox_id = api.create()
+        made.append(sandbox_id)
+        answered = time.perf_counter()
+        api.check(sandbox_id)
+        return (answered - start) * 1000, (time.perf_counter() - start) * 1000
+
+
+def first_result(bench: Bench) -> Row:
+    ours, runs = alternate(bench.times(20, 5), lambda: _cold(bench)[1], reference.run_once)
+    return Row(
+        "first-result",
+        "a new sandbox until the first result of print(6*7), through REST",
+        "ms",
+        Series("sandboxd, cold", ours),
+        [Series("docker run --rm", runs)],
+        notes=[
+            "its goals (15 ms, 10 times faster) are for a pool of ready sandboxes, which does not exist yet"
+        ],
+    )
+
+
+def plain(bench: Bench) -> Row:
+    inside = _TIME_INSIDE.format(code=PLAIN, expected=PLAIN_OUTPUT)
+    with bench.api.sandboxes(1) as (sandbox_id,):
+        group = Group.of(sandbox_id)
+        throttled = group.throttled()
+        ours, bare, execs = alternate(
+            bench.times(200, 30),
+            lambda: bench.api.timed_check(sandbox_id),
+            lambda: float(bench.api.output(sandbox_id, inside)),
+            lambda: reference.exec_in(sandbox_id),
+        )
+        throttled = group.throttled() - throttled
+    row = Row(
+        "plain",
+        "print(6*7) in a live sandbox, through REST",
+        "ms",
+        Series("sandboxd", ours),
+        [Series("python3 -c in the same container", bare), Series("docker exec", execs)],
+        notes=[f"{throttled} periods in which the sandbox had used up its CPU quota"],
+    )
+    row.goals = [
+        at_most("p50 against bare python3", row.ratio(row.references[0]), 0.5),
+        at_least("times faster than docker exec", 1 / row.ratio(row.references[1]), 10),
+    ]
+    return row
+
+
+def pandas(bench: Bench) -> Row:
+    inside = _TIME_INSIDE.format(code=PANDAS, expected=PANDAS_OUTPUT)
+    with bench.api.sandboxes(1) as (sandbox_id,):
+        ours, fresh = alternate(
+            bench.times(60, 8),
+            lambda: bench.api.timed_check(sandbox_id, PANDAS, PANDAS_OUTPUT),
+            lambda: float(bench.api.output(sandbox_id, inside)),
+        )
+    row = Row(
+        "pandas",
+        "import numpy and pandas, group 1000 lines, in a live sandbox, through REST",
+        "ms",
+        Series("sandboxd", ours),
+        [Series("a fresh interpreter in the same container", fresh)],
+    )
+    row.goals = [
+        at_most("p50", row.ours.p50, 20, " ms"),
+        at_least("times faster than fresh", 1 / row.ratio(row.references[0]), 20),
+    ]
+    return row
+
+
+def create(bench: Bench) -> Row:
+    answered = []
+
+    def ours() -> float:
+        times = _cold(bench)
+        answered.append(times[0])
+        return times[1]
+
+    results, raw = alternate(bench.times(30, 5), ours, _raw)
+    row = Row(
+        "create",
+        "a new sandbox, cold, until Python inside has answered",
+        "ms",
+        Series("sandboxd, first result", results),
+        [Series("docker run -d of the same container", raw)],
+        notes=[f"the agent had answered, and the create with it, at p50 {Series('', answered).p50:.1f} ms"],
+    )
+    row.goals = [at_most("p50 against docker run -d", row.ratio(row.references[0]), 1.25)]
+    return row
+
+
+def burst(bench: Bench) -> Row:
+    count = bench.times(50, 10)
+    made: list[str] = []
+    try:
+        with ThreadPoolExecutor(count) as pool:
+            start = time.perf_counter()
+            list(
+                pool.map(
+                    lambda api: bench.timed_create(api, made), [bench.api.another() for _ in range(count)]
+                )
+            )
+            ours = time.perf_counter() - start
+    finally:
+        with ThreadPoolExecutor(BURST_AT_ONCE) as pool:
+            list(pool.map(lambda sandbox_id: bench.api.another().stop(sandbox_id), made))
+    with ExitStack() as stack, ThreadPoolExecutor(BURST_AT_ONCE) as pool:
+        containers = [stack.enter_context(reference.RawContainer()) for _ in range(count)]
+        start = time.perf_counter()
+        list(pool.map(lambda container: container.start(), containers))
+        raw = time.perf_counter() - start
+    row = Row(
+        "burst",
+        f"{count} sandboxes asked for at once, until the last one has run print(6*7)",
+        "s",
+        Series("sandboxd", [ours]),
+        [Series(f"docker run -d, {BURST_AT_ONCE} at a time", [raw])],
+        notes=[f"{count / ours:.1f} a second; docker run -d {count / raw:.1f}"],
+    )
+    if not bench.quick:
+        row.goals = [at_most("the last one usable after", ours, 15, " s")]
+    return row
+
+
+def load_plain(bench: Bench) -> Row:
+    return _load(bench, "load-plain", PLAIN, PLAIN_OUTPUT, 400, CLIENTS)
+
+
+def load_pandas(bench: Bench) -> Row:
+    return _load(bench, "load-pandas", PANDAS, PANDAS_OUTPUT, 150, CLIENTS)
+
+
+def load_one(bench: Bench) -> Row:
+    row = _load(bench, "load-one", PLAIN, PLAIN_OUTPUT, 0, 1)
+    row.goals = []
+    return row
+
+
+def memory(bench: Bench) -> Row:
+    count = bench.times(10, 3)
+    before = available_mb()
+    bare = []
+    made: list[str] = []
+    try:
+        for _ in range(count):
+            made.append(bench.api.create())
+            bench.api.check(made[-1])
+            bare.append(Group.of(made[-1]).memory_mb())
+        for sandbox_id in made:
+            bench.api.wait_until_warm(sandbox_id)
+        time.sleep(1.0)
+        warm = [Group.of(sandbox_id).memory_mb() for sandbox_id in made]
+        host = (before - available_mb()) / count
+    finally:
+        for sandbox_id in made:
+            bench.api.stop(sandbox_id)
+    row = Row(
+        "memory",
+        "memory of an idle sandbox with its libraries loaded: anonymous, shared and kernel, no page cache",
+        "MB",
+        Series("with the warm interpreter", warm),
+        [Series("without", bare)],
+    )
+    row.goals = [
+        at_most("p50", row.ours.p50, 30, " MB"),
+        at_least("sandboxes on 24 GiB, by the host's own account", HOST_MEMORY_MB / host, 300),
+    ]
+    row.notes = [
+        f"the host has {host:.1f} MB less for each, the engine's own process for it and page cache included"
+    ]
+    return row
+
+
+def timeout(bench: Bench) -> Row:
+    def kill(sandbox_id: str, code: str) -> float:
+        start = time.perf_counter()
+        result = bench.api.execute(sandbox_id, {"code": code, "timeout_s": _TIMEOUT_S})
+        elapsed = time.perf_counter() - start
+        if result["status"] != "timed_out":
+            raise BenchError(f"an endless loop ended as {result['status']}")
+        return (elapsed - _TIMEOUT_S) * 1000
+
+    with bench.api.sandboxes(1) as (sandbox_id,):
+        one, many = alternate(
+            bench.times(100, 10), lambda: kill(sandbox_id, _BUSY), lambda: kill(sandbox_id, _BUSY_MANY)
+        )
+    row = Row(
+        "timeout",
+        "from the deadline of an exec to the answer that all of it is dead",
+        "ms",
+        Series("five busy processes, sessions of their own", many),
+        [Series("one busy process", one)],
+    )
+    row.goals = [at_most("p99", row.ours.percentile(99), 200, " ms")]
+    return row
+
+
+def restart(bench: Bench) -> Row:
+    daemon = bench.daemon
+    if daemon is None:
+        raise BenchError("the row 'restart' needs a daemon of its own: leave --base-url away")
+    count = bench.times(20, 5)
+
+    def again(number: int, ids: list[str]) -> float:
+        start = time.perf_counter()
+        daemon.stop(number)
+        daemon.start()
+        api = bench.api.another()
+        for sandbox_id in ids:
+            api.check(sandbox_id)
+        return time.perf_counter() - start
+
+    with bench.api.sandboxes(count, warm=False) as ids:
+        term, kill = alternate(
+            bench.times(5, 1), lambda: again(signal.SIGTERM, ids), lambda: again(signal.SIGKILL, ids)
+        )
+        bench.api = bench.api.another()
+        bench.api.check(ids[0])
+    row = Row(
+        "restart",
+        f"the daemon is stopped and started again, until all of {count} sandboxes have run print(6*7)",
+        "s",
+        Series("SIGTERM", term),
+        [Series("SIGKILL", kill)],
+    )
+    row.goals = [at_most(f"{series.name} p50", series.p50, 3, " s") for series in (row.ours, *row.references)]
+    return row
+
+
+ROWS: dict[str, Callable[[Bench], Row]] = {
+    "first-result": first_result,
+    "plain": plain,
+    "pandas": pandas,
+    "create": create,
+    "burst": burst,
+    "load-plain": load_plain,
+    "load-pandas": load_pandas,
+    "load-one": load_one,
+    "memory": memory,
+    "timeout": timeout,
+    "restart": restart,
+}
+
+
+def _cold(bench: Bench) -> tuple[float, float]:
+    made: list[str] = []
+    try:
+        return bench.timed_create(bench.api, made)
+    finally:
+        for sandbox_id in made:
+            bench.api.stop(sandbox_id)
+
+
+def _raw() -> float:
+    with reference.RawContainer() as container:
+        return container.start()
+
+
+def _load(bench: Bench, name: str, code: str, expected: str, goal: float, sandboxes: int) -> Row:
+    with bench.api.sandboxes(sandboxes) as ids:
+        for sandbox_id in ids:
+            bench.api.check(sandbox_id, code, expected)
+        address = urlsplit(bench.api.base_url)
+        plan = {
+            "host": address.hostname,
+            "port": address.port,
+            "key": bench.api.key,
+            "sandboxes": [ids[number % sandboxes] for number in range(CLIENTS)],
+            "code": code,
+            "expected": expected,
+            "seconds": bench.times(10, 3),
+        }
+        groups = [Group.of(sandbox_id) for sandbox_id in ids]
+        inside = -sum(group.cpu_ms() for group in groups)
+        throttled = -sum(group.throttled() for group in groups)
+        ours = -(process_cpu_ms(bench.daemon.pid) if bench.daemon else 0)
+        done = subprocess.run(
+            [sys.executable, "-m", "scripts.benchlib.load"],
+            input=json.dumps(plan),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise BenchError(f"the load broke off: {done.stderr[-1000:]}")
+        inside += sum(group.cpu_ms() for group in groups)
+        throttled += sum(group.throttled() for group in groups)
+        ours += process_cpu_ms(bench.daemon.pid) if bench.daemon else 0
+    result = json.loads(done.stdout)
+    count, seconds = len(result["latencies_ms"]), result["seconds"]
+    return Row(
+        name,
+        f"{CLIENTS} clients as fast as they can, {sandboxes} sandbox{'es' if sandboxes > 1 else ''}",
+        "ms",
+        Series("latency", result["latencies_ms"]),
+        goals=[at_least("execs a second", count / seconds, goal)],
+        notes=[
+            f"{count / seconds:.0f} execs a second, no error",
+            f"CPU of one exec in ms: sandboxes {inside / count:.2f}, daemon {ours / count:.2f},"
+            f" this client {result['cpu_ms'] / count:.2f}",
+            f"{throttled} periods in which a sandbox had used up its CPU quota",
+        ],
+    )
