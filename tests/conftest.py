@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import docker
@@ -30,6 +30,7 @@ class Daemon:
     state_dir: Path
     env: dict[str, str]
     process: subprocess.Popen[bytes]
+    other_keys: list[str] = field(default_factory=list)
 
     def client(self) -> httpx2.Client:
         headers = {"Authorization": f"Bearer {self.api_key}"}
@@ -37,7 +38,9 @@ class Daemon:
 
     def create_key(self, name: str, project: str = "default") -> str:
         """Another API key, in another project when one is named."""
-        return _run(self.env, "create-key", "--name", name, "--project", project)
+        key = _run(self.env, "create-key", "--name", name, "--project", project)
+        self.other_keys.append(key)
+        return key
 
     def stop(self, number: int = signal.SIGTERM) -> None:
         if self.process.poll() is None:
@@ -150,7 +153,7 @@ class _daemon:
         if daemon.process.poll() is not None:
             daemon.start()
         with daemon.client() as http:
-            for project_key in {daemon.api_key}:
+            for project_key in {daemon.api_key, *daemon.other_keys}:
                 http.headers["Authorization"] = f"Bearer {project_key}"
                 while page := http.get("/v1/sandboxes", params={"limit": 100}).json()["data"]:
                     for sandbox in page:
@@ -167,7 +170,8 @@ class _daemon:
         shutil.rmtree(self.root)
         assert not left, f"containers left behind: {left}"
         assert not mounts, f"mounts left behind: {mounts}"
-        assert "Traceback" not in log, log[-4000:]
+        faults = [line for line in log.splitlines() if "Traceback" in line]
+        assert not faults, "\n".join(faults)[:8000].replace("\\n", "\n")
 
 
 def _serve(env: dict[str, str]) -> subprocess.Popen[bytes]:

@@ -51,6 +51,7 @@ class Exec:
         self.status = 0
         self.cpu_ms = 0.0
         self.max_rss_kb = 0
+        self.fault: Optional[Dict[str, str]] = None  # why it could not even be started
         self.oom_kills_before = oom_kills()
         self.outputs: Dict[int, int] = {}  # our end of a pipe -> record kind
         self.error = bytearray()
@@ -198,6 +199,7 @@ class Execs:
             "exit_code": code,
             "signal": number,
             "reason": run.reason,
+            "fault": run.fault,
             "truncated": run.truncated,
             "spool": run.spool.directory if run.spool is not None else None,
             "duration_ms": round((time.monotonic() - run.started) * 1000, 3),

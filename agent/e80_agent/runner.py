@@ -29,6 +29,7 @@ except ImportError:  # python3-minimal has no ctypes
     ctypes = None  # type: ignore[assignment]
 
 ERROR_FD = 3
+_START_FD = 4
 FILENAME = "<code>"
 _MAX_TRACEBACK = 64 * 1024
 _PR_SET_DUMPABLE = 4
@@ -50,13 +51,20 @@ def child(sock: socket.socket) -> None:
     header_size, code_size = REQUEST.unpack(prefix)
     header = json.loads(_read(sock, header_size))
     code = _read(sock, code_size)
-    sock.close()
     os.setsid()
     tenant.default_signals()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-    tenant.keep_only(fds)
-    _become_tenant(header)
+    tenant.keep_only([*fds, sock.detach()])
+    try:
+        _become_tenant(header)
+        os.chdir(header["cwd"])
+    except OSError as error:
+        # The agent reads this when it sees the exit. Closing without a word means that all is well.
+        os.write(_START_FD, error.strerror.encode())
+        os._exit(127)
+    os.close(_START_FD)
+    _set_up_python(header)
     run(code)
 
 
@@ -93,9 +101,12 @@ def _become_tenant(header: Dict[str, Any]) -> None:
         # A change of uid makes /proc/self root's, and then a program that opens /dev/stdout is refused.
         _LIBC.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)
     os.umask(0o022)
+
+
+def _set_up_python(header: Dict[str, Any]) -> None:
+    """What a new interpreter would have done by itself, had it been started here."""
     os.environ.clear()
     os.environ.update(header["env"])
-    os.chdir(header["cwd"])
     user_site = os.path.join(
         header["env"].get("HOME", tenant.HOME),
         ".local/lib/python%d.%d/site-packages" % sys.version_info[:2],

@@ -201,17 +201,21 @@ class Agent:
     async def write_file(self, path: str, chunks: AsyncIterable[bytes]) -> tuple[int, bool]:
         """Writes the file in one step at the end; returns its size and whether it is new."""
         stream = await self._dial(CALL_TIMEOUT_S)
-        answer = asyncio.ensure_future(_read_header(stream))
         try:
             _send(stream, {"op": "write_file", "path": path}, b"")
-            await _send_chunks(stream, chunks, answer)
-            async with asyncio.timeout(CALL_TIMEOUT_S):
-                reply = _check(await answer)
-        except (asyncio.IncompleteReadError, ConnectionError, TimeoutError) as error:
-            raise LinkBrokenError("the agent hung up before the file was written") from error
+            async with asyncio.TaskGroup() as group:
+                answer = group.create_task(_read_answer(stream))
+                await _send_chunks(stream, chunks, answer)
+                async with asyncio.timeout(CALL_TIMEOUT_S):
+                    reply = await answer
+        except BaseExceptionGroup as faults:
+            # Of the two only the sender can fail, and then the answer was cancelled: one fault, its own.
+            raise faults.exceptions[0] from None
         finally:
-            answer.cancel()
             stream.close()
+        if reply is None:
+            raise LinkBrokenError("the agent hung up before the file was written")
+        reply = _check(reply)
         return _integer(reply, "size"), reply.get("created") is True
 
     async def _call(self, header: dict[str, Any], timeout_s: float) -> dict[str, Any]:
@@ -238,6 +242,14 @@ def _attach_header(exec_id: str, offset: int) -> dict[str, Any]:
 
 def _send(stream: Stream, header: dict[str, Any], body: bytes) -> None:
     stream.writer.write(protocol.pack_header(header) + body)
+
+
+async def _read_answer(stream: Stream) -> dict[str, Any] | None:
+    """The agent's answer, whenever it comes; None when it hangs up or breaks the protocol instead."""
+    try:
+        return await _read_header(stream)
+    except (asyncio.IncompleteReadError, ConnectionError, LinkBrokenError):
+        return None
 
 
 async def _send_chunks(stream: Stream, chunks: AsyncIterable[bytes], answer: asyncio.Future[Any]) -> None:
@@ -330,6 +342,10 @@ def _outcome(payload: bytes) -> Outcome:
         end = protocol.parse_header(payload)
     except protocol.ProtocolError as error:
         raise LinkBrokenError("the agent sent an outcome that is not JSON") from error
+    fault = end.get("fault")
+    if isinstance(fault, dict):
+        # It was admitted, but could not be started: the same as a refusal, only later.
+        _check(fault)
     reason = end.get("reason")
     if reason not in ("exit", "timeout", "killed", "oom"):
         raise LinkBrokenError("the agent sent an unknown reason")

@@ -43,6 +43,7 @@ class Database:
         self._writer = _engine(url, begin="BEGIN IMMEDIATE", pool_size=1, max_overflow=0)
         self._read_session = async_sessionmaker(self._reader, class_=AsyncSession, expire_on_commit=False)
         self._write_session = async_sessionmaker(self._writer, class_=AsyncSession, expire_on_commit=False)
+        # Waits as long as it takes, where the pool's own queue would give up after 30 seconds.
         self._write_lock = asyncio.Lock()
 
     @asynccontextmanager

@@ -14,7 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import iter_route_contexts
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -218,6 +218,9 @@ class RequestMiddleware:
             task.uncancel()
             if status == 0:
                 await error_response(_stopped())(scope, receive, send_with_id)
+        except ClientDisconnect:
+            # It hung up in the middle of its own body: there is nobody to answer.
+            log.info("client hung up", method=scope["method"], path=_shown_path(scope))
         except Exception:  # border of a request
             log.exception("request failed", method=scope["method"], path=_shown_path(scope))
             # With the head already sent there is no honest end but a broken connection: the server closes it.

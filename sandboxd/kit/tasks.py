@@ -7,6 +7,8 @@ from typing import Any, Self
 
 import structlog
 
+from sandboxd.kit.errors import SandboxdError
+
 log = structlog.get_logger(__name__)
 
 
@@ -49,7 +51,12 @@ class TaskOwner:
 
     def _finished(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        if isinstance(error, SandboxdError):
+            # A fact with a message of its own, not a fault of ours: no traceback.
+            log.warning("task failed", task=task.get_name(), reason=error.message)
+        else:
             log.error("task failed", task=task.get_name(), exc_info=error)
 
 

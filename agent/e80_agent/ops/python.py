@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from typing import TYPE_CHECKING, Any, Dict, List
+from typing import TYPE_CHECKING, Any, Dict, List, Optional
 
 from e80_agent import interpreters, runner
 from e80_agent.execs import Exec
@@ -34,13 +34,18 @@ def run_python(agent: Agent, connection: Connection, header: Dict[str, Any], bod
     connection.follow(run, 0, eager=bool(header.get("stream")))
 
     def forked(pid: int, sock: socket.socket) -> None:
-        with sock:
-            if run.finished:
-                return  # it timed out before there was a child; the child ends when its socket closes
-            theirs = agent.execs.open_pipes(run, with_error=True)
-            parent.watch(pid, lambda status, cpu, grown: agent.execs.exited(run, status, cpu, grown))
-            agent.execs.started(run, pid)
-            _hand_over(sock, agent, run, header, env, code, theirs)
+        if run.finished:
+            sock.close()  # it timed out before there was a child; without its socket the child ends
+            return
+        theirs = agent.execs.open_pipes(run, with_error=True)
+
+        def exited(status: int, cpu_ms: float, grown_kb: int) -> None:
+            run.fault = _start_fault(sock, header["cwd"])
+            agent.execs.exited(run, status, cpu_ms, grown_kb)
+
+        parent.watch(pid, exited)
+        agent.execs.started(run, pid)
+        _hand_over(sock, agent, run, header, env, code, theirs)
 
     parent.take(forked)
 
@@ -75,6 +80,17 @@ def _hand_over(
     finally:
         for fd in theirs:
             os.close(fd)
+
+
+def _start_fault(sock: socket.socket, cwd: str) -> Optional[Dict[str, str]]:
+    """What the child said before it became the tenant, if it did not get that far."""
+    with sock:
+        sock.setblocking(False)
+        try:
+            reason = sock.recv(256)
+        except OSError:
+            return None
+    return {"code": "cwd_not_found", "message": "cwd %r: %s" % (cwd, reason.decode())} if reason else None
 
 
 def _run_fresh(

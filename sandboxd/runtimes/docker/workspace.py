@@ -17,6 +17,9 @@ _STEP_TIMEOUT_S = 30.0
 # inode tables are left for later: the kernel would write them in the background, per sandbox.
 _MKFS = ["mkfs.ext4", "-q", "-F", "-m", "0", "-O", "^has_journal,^resize_inode"]
 _MKFS_EXTENDED = "lazy_itable_init=1,nodiscard,root_owner=0:0"
+# A small disk must not be filled by its own inode tables.
+_INODES_PER_MB = 64
+_MIN_INODES = 1024
 _FOLDERS = {"home": 0o755, "tmp": 0o1777}
 _MOUNT_OPTIONS = "loop,nosuid,nodev,noatime,noinit_itable"
 
@@ -45,7 +48,8 @@ class Workspaces:
         if mount_point.is_mount():
             return
         await asyncio.to_thread(_make_sparse, file, size_mb)
-        await _run(*_MKFS, "-N", str(max_files), "-E", _MKFS_EXTENDED, str(file))
+        inodes = min(max_files, max(_MIN_INODES, size_mb * _INODES_PER_MB))
+        await _run(*_MKFS, "-N", str(inodes), "-E", _MKFS_EXTENDED, str(file))
         await _run("mount", "-o", _MOUNT_OPTIONS, str(file), str(mount_point))
         await asyncio.to_thread(_furnish, mount_point, uid)
 
