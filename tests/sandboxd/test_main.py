@@ -9,6 +9,7 @@ import time
 
 import httpx2
 import pytest
+import structlog
 
 from sandboxd.app import create_app
 from sandboxd.kit.db import Database
@@ -224,6 +225,32 @@ async def test_a_stream_that_outlives_the_drain_ends_in_an_error_event(settings)
         assert [event["type"] for event in events] == ["thing.started", "error"]
         assert events[-1]["error"]["code"] == "unavailable"
         assert await served.serving == 0
+
+
+async def test_log_context_does_not_reach_the_next_request_of_a_connection(settings):
+    settings = settings_with(settings, DEADLINE_S)
+    async with Served(settings) as served:
+
+        @served.app.get("/bind")
+        async def bind() -> dict[str, object]:
+            structlog.contextvars.bind_contextvars(sandbox_id="sbx_1")
+            return dict(structlog.contextvars.get_contextvars())
+
+        @served.app.get("/read")
+        async def read() -> dict[str, object]:
+            return dict(structlog.contextvars.get_contextvars())
+
+        reader, writer = await asyncio.open_connection("127.0.0.1", settings.port)
+        ask = "GET {} HTTP/1.1\r\nHost: x\r\nConnection: {}\r\n\r\n"
+
+        # Pipelined: the server starts the second request from within the first one's task.
+        writer.write((ask.format("/bind", "keep-alive") + ask.format("/read", "close")).encode())
+        async with asyncio.timeout(DEADLINE_S):
+            answers = (await reader.read()).decode()
+        writer.close()
+        await writer.wait_closed()
+    assert answers.count("HTTP/1.1 200") == 2
+    assert answers.count("sbx_1") == 1
 
 
 async def read_until_cut(served: Served) -> str:

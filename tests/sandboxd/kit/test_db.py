@@ -94,6 +94,25 @@ async def test_many_writers_at_once_lose_nothing(db):
     assert len(await slugs(db)) == 100
 
 
+async def test_two_processes_may_write_what_they_read(db):
+    """Each on an engine of its own, as `create-key` beside the daemon is."""
+    other = Database(db.url)
+    async with db.write() as session:
+        session.add(organization(1))
+
+    async def count_up(database: Database) -> None:
+        for _ in range(20):
+            async with database.write() as session:
+                row = await session.get_one(Organization, "org_1")
+                await asyncio.sleep(0)
+                row.created_at += 1
+
+    await asyncio.gather(count_up(db), count_up(other))
+    await other.close()
+    async with db.read() as session:
+        assert (await session.get_one(Organization, "org_1")).created_at == 41
+
+
 async def test_rows_stay_readable_after_the_session(db):
     async with db.write() as session:
         row = organization(1)
