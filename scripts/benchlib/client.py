@@ -37,6 +37,10 @@ class Api:
         )
         self._headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
 
+    def hang_up(self) -> None:
+        """The next call connects again: for a server that was restarted."""
+        self._connection.close()
+
     def another(self) -> "Api":
         """A client with a connection of its own, for another thread."""
         return Api(self.base_url, self.key)

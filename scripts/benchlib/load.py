@@ -14,19 +14,23 @@ from typing import Any
 
 async def _client(plan: dict[str, Any], sandbox_id: str, until: float, latencies: list[float]) -> None:
     body = json.dumps({"code": plan["code"]}).encode()
-    request = (
-        f"POST /v1/sandboxes/{sandbox_id}/exec HTTP/1.1\r\nHost: bench\r\n"
-        f"Authorization: Bearer {plan['key']}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    ).encode() + body
+    head = [
+        f"POST /v1/sandboxes/{sandbox_id}/exec HTTP/1.1",
+        "Host: bench",
+        f"Authorization: Bearer {plan['key']}",
+        "Content-Type: application/json",
+        f"Content-Length: {len(body)}",
+    ]
+    request = "\r\n".join([*head, "", ""]).encode() + body
     reader, writer = await asyncio.open_connection(plan["host"], plan["port"])
     try:
         while (start := time.perf_counter()) < until:
             writer.write(request)
-            head = (await reader.readuntil(b"\r\n\r\n")).lower()
-            size = int(head.partition(b"content-length:")[2].partition(b"\r")[0])
+            answer_head = (await reader.readuntil(b"\r\n\r\n")).lower()
+            size = int(answer_head.partition(b"content-length:")[2].partition(b"\r")[0])
             answer = await reader.readexactly(size)
-            if b" 200 " not in head[:16] or json.loads(answer)["stdout"] != plan["expected"]:
-                raise SystemExit(f"wrong answer: {head[:40]!r} {answer[:500]!r}")
+            if b" 200 " not in answer_head[:16] or json.loads(answer)["stdout"] != plan["expected"]:
+                raise SystemExit(f"wrong answer: {answer_head[:40]!r} {answer[:500]!r}")
             latencies.append((time.perf_counter() - start) * 1000)
     finally:
         writer.close()

@@ -111,7 +111,7 @@ install_engine() {
 dockerd_config() {
   local from=$1 to=$2
   shift 2
-  as_root "$VENV/bin/python" - "$from" "$to" "$@" <<'PYTHON' || die "$from is no JSON object" "Repair or remove it, then run again."
+  as_root "$VENV/bin/python" - "$from" "$to" "$@" <<'PYTHON' || die "$from could not be used" "Repair or remove it, then run again."
 import json
 import os
 import pathlib
@@ -119,8 +119,11 @@ import sys
 
 source, target = map(pathlib.Path, sys.argv[1:3])
 text = source.read_text(encoding="utf-8") if source.exists() else ""
-settings = json.loads(text) if text.strip() else {}
-before = dict(settings)
+try:
+    settings = json.loads(text) if text.strip() else {}
+    before = dict(settings)
+except ValueError as error:
+    sys.exit(f"{source}: {error}")
 for setting in sys.argv[3:]:
     key, _, value = setting.partition("=")
     settings[key] = json.loads(value)
@@ -158,32 +161,41 @@ start_engine_in_background() {
   remove_stale_pid_file "$pid_file" dockerd
   remove_stale_pid_file "$exec_root/containerd/containerd.pid" containerd
   say "starting the Docker Engine in the background (log: $DOCKERD_LOG) ..."
-  # shellcheck disable=SC2016 # the inner shell expands
+  as_root rm -f "$DOCKERD_STARTED"
+  # The shell becomes dockerd, so its pid is dockerd's. Descriptor 9 is a lock of scripts/up.
   as_root env PATH="$PATH:/usr/sbin:/sbin" setsid --fork sh -c \
-    'umask 022; exec dockerd --config-file "$1" </dev/null >>"$2" 2>&1 9>&-' dockerd "$config" "$DOCKERD_LOG"
-  if ! await_engine 60; then
+    'umask 022; exec </dev/null >>"$2" 2>&1 9>&-; echo $$ >"$3"; exec dockerd --config-file "$1"' \
+    dockerd "$config" "$DOCKERD_LOG" "$DOCKERD_STARTED"
+  if ! await_engine 60 "$DOCKERD_STARTED"; then
     as_root tail -n 15 "$DOCKERD_LOG" >&2
+    as_root rm -f "$DOCKERD_STARTED"
     die "the Docker Engine does not answer at $SANDBOXD_DOCKER_URL" "The end of $DOCKERD_LOG is above."
   fi
-  as_root cp "$pid_file" "$DOCKERD_STARTED"
 }
 
 # After SIGKILL these files stay and keep the next engine from starting, even when their number has since gone
 # to another process.
 remove_stale_pid_file() {
-  local file=$1 program=$2 pid
+  local file=$1 program=$2
   as_root test -e "$file" || return 0
-  pid=$(as_root cat "$file")
-  [[ $pid =~ ^[0-9]+$ && $(cat "/proc/$pid/comm" 2>/dev/null) == "$program" ]] || {
+  lives_as "$(as_root cat "$file")" "$program" || {
     say "removing $file, left by a $program that no longer lives"
     as_root rm -f "$file"
   }
 }
 
+# lives_as PID [PROGRAM]: a process that is no zombie (those have no command line) and runs this program.
+lives_as() {
+  [[ $1 =~ ^[0-9]+$ && (-z ${2:-} || $(cat "/proc/$1/comm" 2>/dev/null) == "$2") ]] && grep -qs . "/proc/$1/cmdline"
+}
+
+# await_engine SECONDS [PID_FILE]: until it answers; no longer than the process in the file lives.
 await_engine() {
-  local deadline=$((SECONDS + $1))
+  local deadline=$((SECONDS + $1)) pid=""
   until engine_answers "$SANDBOXD_DOCKER_URL"; do
     ((SECONDS < deadline)) || return 1
+    [[ -z ${2:-} ]] || pid=$(as_root cat "$2" 2>/dev/null || true)
+    [[ -z $pid ]] || lives_as "$pid" || return 1
     sleep 0.2
   done
 }
@@ -195,11 +207,11 @@ stop_engine() {
     say "the Docker Engine was not started by scripts/up: left running"
     return 0
   }
-  if [[ $(cat "/proc/$pid/comm" 2>/dev/null) == dockerd ]]; then
+  if lives_as "$pid" dockerd; then
     say "stopping the Docker Engine (pid $pid) ..."
     as_root kill "$pid"
     local deadline=$((SECONDS + 60))
-    while [[ -e /proc/$pid ]]; do
+    while lives_as "$pid" dockerd; do
       ((SECONDS < deadline)) || die "the Docker Engine (pid $pid) does not stop" "See $DOCKERD_LOG."
       sleep 0.1
     done

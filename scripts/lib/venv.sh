@@ -45,7 +45,7 @@ ensure_venv() {
     [[ -f $stamp && $(<"$stamp") == "$wanted" ]] && return
   done
   say "installing the project and what it needs into .venv ..."
-  "$VENV/bin/python" -m pip install -qq --disable-pip-version-check -e "$REPO[$extras]" ||
+  "$VENV/bin/python" -m pip install -qq --disable-pip-version-check -e "${REPO}[$extras]" ||
     die "pip could not install the project" "Its own words are above; it uses your pip settings (pip config list)."
   echo "$wanted" >"$VENV/.e80-$extras"
 }
