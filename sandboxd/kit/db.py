@@ -1,13 +1,15 @@
 """The store's engine: sessions for reading and writing, and migrations. Knows no table."""
 
 import asyncio
+import sqlite3
+import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from typing import Any, ClassVar
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, MetaData, event, text
+from sqlalchemy import Connection, MetaData, event, make_url, text
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
 from sqlalchemy.pool import NullPool
 from sqlmodel import SQLModel
@@ -16,6 +18,7 @@ from sqlmodel.ext.asyncio.session import AsyncSession
 MIGRATIONS = "sandboxd:migrations"
 READERS = 4
 PING_TIMEOUT_S = 2.0
+BUSY_TIMEOUT_S = 5
 
 # Explicit names, so that a later migration can drop or change a constraint on every database.
 NAMING_CONVENTION = {
@@ -63,9 +66,9 @@ class Database:
         await asyncio.to_thread(_migrate, self.url)
 
     async def ping(self) -> None:
-        """Raise unless the store answers in time."""
+        """Raise unless the store answers in time and has been migrated."""
         async with asyncio.timeout(PING_TIMEOUT_S), self.read() as session:
-            await session.exec(text("SELECT 1"))  # type: ignore[call-overload]  # textual SQL has no model
+            await session.exec(text("SELECT version_num FROM alembic_version"))  # type: ignore[call-overload]  # textual SQL has no model
 
     async def close(self) -> None:
         await self._reader.dispose()
@@ -81,8 +84,7 @@ def _engine(url: str, *, begin: str, foreign_keys: bool = True, **options: Any) 
     def on_connect(connection: Any, _record: object) -> None:
         connection.isolation_level = None
         cursor = connection.cursor()
-        cursor.execute("PRAGMA busy_timeout = 5000")
-        cursor.execute("PRAGMA journal_mode = WAL")
+        cursor.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_S * 1000}")
         cursor.execute("PRAGMA synchronous = NORMAL")
         cursor.execute(f"PRAGMA foreign_keys = {'ON' if foreign_keys else 'OFF'}")
         cursor.close()
@@ -95,7 +97,22 @@ def _engine(url: str, *, begin: str, foreign_keys: bool = True, **options: Any) 
 
 
 def _migrate(url: str) -> None:
+    _use_wal(make_url(url).database or "")
     asyncio.run(_upgrade(url))
+
+
+def _use_wal(path: str) -> None:
+    # The mode stays in the file. Two processes that change it at once get SQLITE_BUSY without any waiting.
+    deadline = time.monotonic() + BUSY_TIMEOUT_S
+    while True:
+        with closing(sqlite3.connect(path, timeout=BUSY_TIMEOUT_S)) as connection:
+            try:
+                connection.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError:
+                if time.monotonic() > deadline:
+                    raise
+        time.sleep(0.01)
 
 
 async def _upgrade(url: str) -> None:

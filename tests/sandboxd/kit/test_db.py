@@ -134,12 +134,12 @@ async def test_constraints_are_enforced(db):
 
 
 async def test_migrations_may_run_again_and_at_once(tmp_path):
-    first, second = (Database(f"sqlite+aiosqlite:///{tmp_path}/new.db") for _ in range(2))
-    await asyncio.gather(first.migrate(), second.migrate())
-    await first.migrate()
-    await first.ping()
-    await first.close()
-    await second.close()
+    databases = [Database(f"sqlite+aiosqlite:///{tmp_path}/new.db") for _ in range(4)]
+    await asyncio.gather(*(database.migrate() for database in databases))
+    for database in databases:
+        await database.migrate()
+        await database.ping()
+        await database.close()
 
 
 async def test_ping_tells_that_the_file_is_no_database(tmp_path):
