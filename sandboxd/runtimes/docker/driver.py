@@ -95,7 +95,7 @@ class DockerRuntime:
             return await self._create(spec)
 
     async def _create(self, spec: SandboxSpec) -> Handle:
-        self._workspaces.prepare(spec.id)
+        self._workspaces.prepare(spec.id, spec.uid)
         folder = self._write_link_folder(spec)
         link = Link(spec.id, folder, None)
         self._links[spec.id] = link
@@ -109,9 +109,9 @@ class DockerRuntime:
             seccomp=self._seccomp,
         )
         async with asyncio.TaskGroup() as group:
-            # The engine only looks at the mounts when it starts the container.
+            # Stand-ins will do for the create call; the workspace must be there when the container starts.
             made = group.create_task(self._make_container(spec.id, config))
-            group.create_task(self._workspaces.create(spec.id, spec.disk_mb, spec.max_files, spec.uid))
+            group.create_task(self._workspaces.create(spec.id, spec.disk_mb, spec.max_files))
         handle = made.result()
         link.peer_check = self._peer_check(handle, spec.runtime)
         await self._engine.call(lambda client: client.start(handle))

@@ -36,22 +36,25 @@ class Workspaces:
     def mount_point(self, sandbox_id: str) -> Path:
         return self._folder / sandbox_id / "mnt"
 
-    def prepare(self, sandbox_id: str) -> None:
-        """Stand-ins for the folders to come: the engine wants to see the paths it is told about."""
-        for name in _FOLDERS:
-            (self.mount_point(sandbox_id) / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+    def prepare(self, sandbox_id: str, uid: int) -> None:
+        """The two folders as they will be in the workspace, which is made from them. They also stand in for
+        it until it is mounted: the engine wants to see the paths it is told about, at any moment."""
+        for name, mode in _FOLDERS.items():
+            folder = self.mount_point(sandbox_id) / name
+            folder.mkdir(parents=True, exist_ok=True)
+            os.chown(folder, uid, uid)
+            folder.chmod(mode)
 
-    async def create(self, sandbox_id: str, size_mb: int, max_files: int, uid: int) -> None:
-        """Makes and mounts a fresh workspace owned by `uid`. Raises RuntimeFaultError."""
+    async def create(self, sandbox_id: str, size_mb: int, max_files: int) -> None:
+        """Makes and mounts a fresh workspace with what `prepare` has made. Raises RuntimeFaultError."""
         file = self._folder / sandbox_id / "workspace.ext4"
         mount_point = self.mount_point(sandbox_id)
         if mount_point.is_mount():
             return
         await asyncio.to_thread(_make_sparse, file, size_mb)
         inodes = min(max_files, max(_MIN_INODES, size_mb * _INODES_PER_MB))
-        await _run(*_MKFS, "-N", str(inodes), "-E", _MKFS_EXTENDED, str(file))
+        await _run(*_MKFS, "-N", str(inodes), "-E", _MKFS_EXTENDED, "-d", str(mount_point), str(file))
         await _run("mount", "-o", _MOUNT_OPTIONS, str(file), str(mount_point))
-        await asyncio.to_thread(_furnish, mount_point, uid)
 
     async def remove(self, sandbox_id: str) -> None:
         """Unmounts and deletes; a workspace that is not there is success."""
@@ -75,15 +78,6 @@ class Workspaces:
 def _make_sparse(file: Path, size_mb: int) -> None:
     with file.open("wb") as sparse:
         sparse.truncate(size_mb * 1024 * 1024)
-
-
-def _furnish(root: Path, uid: int) -> None:
-    """The two folders that the sandbox sees, in a file system no tenant has touched yet."""
-    for name, mode in _FOLDERS.items():
-        (root / name).mkdir()
-        os.chown(root / name, uid, uid)
-        (root / name).chmod(mode)
-    (root / "lost+found").rmdir()
 
 
 def _delete(folder: Path) -> None:
