@@ -4,7 +4,6 @@ stands on it."""
 from __future__ import annotations
 
 import asyncio
-import builtins
 import logging
 import re
 from collections.abc import AsyncGenerator, Mapping
@@ -71,19 +70,11 @@ class SandboxApi:
         except E80Error as exc:
             _log.warning("a sandbox whose create was cancelled may run on until its timeout: %s", exc)
 
-    async def list(
-        self, *, status: str | None = None, labels: Mapping[str, str] | None = None, limit: int | None = None
-    ) -> list[SandboxInfo]:
+    async def list(self, *, status: str | None = None, limit: int | None = None) -> list[SandboxInfo]:
         """Sandboxes of the project, newest first, over all pages; alive ones unless `status` says
         otherwise."""
-        params: dict[str, str | int | builtins.list[str]] = {}
-        if status is not None:
-            params["status"] = status
-        if labels:
-            params["label"] = [f"{key}={value}" for key, value in labels.items()]
-        return [
-            SandboxInfo.from_body(body) async for body in self.pages("/v1/sandboxes", params, limit=limit)
-        ]
+        bodies = self.pages("/v1/sandboxes", {} if status is None else {"status": status}, limit=limit)
+        return [SandboxInfo.from_body(body) async for body in bodies]
 
     async def pages(
         self, path: str, params: Params, *, limit: int | None = None

@@ -15,6 +15,7 @@ from e80_sdk.sandbox import AsyncSandbox, AsyncSandboxBlock, Sandbox, SandboxBlo
 from e80_sdk.transport import Request, Transport
 
 DEFAULT_MAX_RETRIES = 5
+HEALTH_TIMEOUT_S = 10.0
 
 
 class AsyncSandboxes:
@@ -27,11 +28,9 @@ class AsyncSandboxes:
         """Create a sandbox that you stop yourself; see `Eighty80.sandbox` for the options."""
         return AsyncSandbox(self._api, await self._api.create(options))
 
-    async def list(
-        self, *, status: str | None = None, labels: Mapping[str, str] | None = None, limit: int | None = None
-    ) -> list[AsyncSandbox]:
+    async def list(self, *, status: str | None = None, limit: int | None = None) -> list[AsyncSandbox]:
         """Sandboxes, newest first: the alive ones, or those with that `status` (`all` for every one)."""
-        found = await self._api.list(status=status, labels=labels, limit=limit)
+        found = await self._api.list(status=status, limit=limit)
         return [AsyncSandbox(self._api, info) for info in found]
 
     async def get(self, sandbox_id: str) -> AsyncSandbox:
@@ -87,6 +86,12 @@ class AsyncEighty80:
         idempotent = method in ("GET", "DELETE")
         return await self._transport.send(Request(method, path, body=body, idempotent=idempotent))
 
+    async def health(self) -> dict[str, Any]:
+        """Whether the server lives, and its version; needs no key."""
+        return await self._transport.send(
+            Request("GET", "/healthz", idempotent=True, anonymous=True, timeout_s=HEALTH_TIMEOUT_S)
+        )
+
     async def __aenter__(self) -> Self:
         await self._transport.acquire()
         return self
@@ -108,11 +113,9 @@ class Sandboxes:
         """Create a sandbox that you stop yourself; see `Eighty80.sandbox` for the options."""
         return self._face(self._portal.call(self._api.create, options))
 
-    def list(
-        self, *, status: str | None = None, labels: Mapping[str, str] | None = None, limit: int | None = None
-    ) -> list[Sandbox]:
+    def list(self, *, status: str | None = None, limit: int | None = None) -> list[Sandbox]:
         """Sandboxes, newest first: the alive ones, or those with that `status` (`all` for every one)."""
-        found = self._portal.call(self._api.list, status=status, labels=labels, limit=limit)
+        found = self._portal.call(self._api.list, status=status, limit=limit)
         return [self._face(info) for info in found]
 
     def get(self, sandbox_id: str) -> Sandbox:
@@ -168,7 +171,7 @@ class Eighty80:
 
         Args:
             options: `image`, `cpu_mhz`, `memory_size_mb`, `disk_size_mb`, `gpu_count`, `timeout_s`,
-                `idle_timeout_s`, `labels`, `env`, `network`, `project`; the server decides what is left out.
+                `labels`, `env`, `network`, `project`; the server decides what is left out.
 
         Raises:
             TypeError: An option does not exist.

@@ -34,6 +34,16 @@ class Connection:
     other_servers: tuple[str, ...] = ()
     """Servers that the credentials file holds a key for, when it holds none for `base_url`."""
 
+    def missing_key(self) -> str:
+        """What to tell a user who has no key for this server."""
+        how = "set _8080_API_KEY or run `8080 apikey set -`"
+        if self.other_servers:
+            return (
+                f"no API key for {self.base_url}: the stored keys are for {', '.join(self.other_servers)}; "
+                f"{how} with `--base-url {self.base_url}`"
+            )
+        return f"no API key for {self.base_url}: {how}"
+
 
 def load_connection(
     *, api_key: str | None = None, base_url: str | None = None, environ: Mapping[str, str] | None = None
@@ -59,14 +69,15 @@ def load_connection(
     return Connection(url, key, url_source or "default", key_source or "none", others)
 
 
-def config_dir(environ: Mapping[str, str]) -> Path:
+def config_dir(environ: Mapping[str, str] | None = None) -> Path:
     """The folder of the user's files: `_8080_CONFIG_DIR`, else `$XDG_CONFIG_HOME/8080`, else
     `~/.config/8080`."""
-    if chosen := environ.get(CONFIG_DIR_VARIABLE):
+    env = os.environ if environ is None else environ
+    if chosen := env.get(CONFIG_DIR_VARIABLE):
         return Path(chosen)
-    if xdg := environ.get("XDG_CONFIG_HOME"):
+    if xdg := env.get("XDG_CONFIG_HOME"):
         return Path(xdg) / "8080"
-    return Path(environ.get("HOME") or Path.home()) / ".config" / "8080"
+    return Path(env.get("HOME") or Path.home()) / ".config" / "8080"
 
 
 def normalize_base_url(url: str) -> str:

@@ -3,9 +3,6 @@ stack."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 
 class E80Error(Exception):
     """Root of all errors of this SDK.
@@ -17,7 +14,6 @@ class E80Error(Exception):
         request_id: Id of the request in the server's log, or None.
         param: The request field at fault, or None.
         type: The family of the error as the server names it, or None.
-        details: Further fields of the server's error, such as `termination_reason`.
     """
 
     default_code = "error"
@@ -31,7 +27,6 @@ class E80Error(Exception):
         request_id: str | None = None,
         param: str | None = None,
         type: str | None = None,
-        details: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -40,7 +35,6 @@ class E80Error(Exception):
         self.request_id = request_id
         self.param = param
         self.type = type
-        self.details: dict[str, Any] = dict(details or {})
 
 
 class NotLoggedInError(E80Error):
@@ -105,16 +99,21 @@ class NotFoundError(E80Error):
 
 
 class ConflictError(E80Error):
-    """409: the state does not allow it, such as work on a sandbox that has ended; see
-    `termination_reason`."""
+    """409: the state of the thing does not allow it."""
 
     default_code = "conflict"
 
-    @property
-    def termination_reason(self) -> str | None:
-        """Why the sandbox is not alive, when that is the conflict."""
-        reason = self.details.get("termination_reason")
-        return reason if isinstance(reason, str) else None
+
+class SandboxNotRunningError(ConflictError):
+    """409: work was asked of a sandbox that does not run; the message says why it ended."""
+
+    default_code = "sandbox_not_running"
+
+
+class DiskFullError(E80Error):
+    """507: the sandbox's workspace is full."""
+
+    default_code = "disk_full"
 
 
 class TooLargeError(E80Error):
@@ -169,7 +168,10 @@ _BY_STATUS: dict[int, type[E80Error]] = {
     429: RateLimitError,
     503: UnavailableError,
 }
-_KNOWN_FIELDS = ("message", "type", "param", "code")
+_BY_CODE: dict[str, type[E80Error]] = {
+    "sandbox_not_running": SandboxNotRunningError,
+    "disk_full": DiskFullError,
+}
 
 
 def error_from_body(
@@ -183,15 +185,16 @@ def error_from_body(
             status=status,
             request_id=request_id,
         )
-    cls = _BY_STATUS.get(status, ServerError if status >= 500 else E80Error)
+    code = _text(error.get("code"))
+    by_status = _BY_STATUS.get(status, ServerError if status >= 500 else E80Error)
+    cls = _BY_CODE.get(code or "", by_status)
     made = cls(
         str(error.get("message") or f"the server answered {status}"),
-        code=_text(error.get("code")),
+        code=code,
         status=status,
         request_id=request_id,
         param=_text(error.get("param")),
         type=_text(error.get("type")),
-        details={key: value for key, value in error.items() if key not in _KNOWN_FIELDS},
     )
     if isinstance(made, RateLimitError | UnavailableError):
         made.retry_after_s = retry_after_s

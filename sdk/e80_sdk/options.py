@@ -21,7 +21,6 @@ class SandboxOptions(TypedDict, total=False):
     disk_size_mb: int
     gpu_count: int
     timeout_s: float | None
-    idle_timeout_s: float | None
     labels: Mapping[str, str]
     env: Mapping[str, str]
     network: Mapping[str, Any]

@@ -39,6 +39,7 @@ class ExecResult(str):
         error: The exception that ended the program, or None.
         duration_ms: How long it ran.
         truncated: Whether output beyond the cap was cut.
+        output_path: Folder in the sandbox with all of a truncated output, or None.
         usage: `cpu_ms` and `max_rss_mb`.
         raw: The whole answer as the server sent it.
     """
@@ -52,6 +53,7 @@ class ExecResult(str):
     error: ExecError | None
     duration_ms: float
     truncated: bool
+    output_path: str | None
     usage: dict[str, Any]
     raw: dict[str, Any]
 
@@ -76,6 +78,7 @@ class ExecResult(str):
         made.exit_code, made.duration_ms = exit_code, duration_ms
         made.signal = None if body.get("signal") is None else str(body["signal"])
         made.truncated = bool(body.get("truncated"))
+        made.output_path = None if body.get("output_path") is None else str(body["output_path"])
         made.usage = dict(body.get("usage") or {})
         made.raw = dict(body)
         return made
@@ -131,7 +134,6 @@ class SandboxInfo:
     labels: dict[str, str] = field(default_factory=dict)
     env: list[str] = field(default_factory=list)
     timeout_s: float | None = None
-    idle_timeout_s: float | None = None
     created_at: float | None = None
     started_at: float | None = None
     last_active_at: float | None = None

@@ -37,7 +37,7 @@ from e80_sdk.errors import (
 __all__ = ["Request", "Transport"]
 _PRELOADED = (anyio._backends._asyncio, httpcore2._backends.anyio)
 
-Params = Mapping[str, str | int | list[str]]
+Params = Mapping[str, str | int]
 Content = bytes | Callable[[], AsyncIterable[bytes]]
 
 CONNECT_TIMEOUT_S = 5.0
@@ -64,6 +64,7 @@ class Request:
     content: Content | None = None
     idempotent: bool = False
     idempotency_key: bool = False
+    anonymous: bool = False
     timeout_s: float | None = DEFAULT_TIMEOUT_S
 
 
@@ -152,12 +153,11 @@ class Transport:
                 await events.aclose()
 
     def _headers(self, request: Request) -> dict[str, str]:
-        if self.connection.api_key is None:
-            raise NotLoggedInError(_no_key(self.connection))
-        headers = {
-            "Authorization": f"Bearer {self.connection.api_key}",
-            "User-Agent": f"e80-sdk/{_version()}",
-        }
+        headers = {"User-Agent": f"e80-sdk/{_version()}"}
+        if not request.anonymous:
+            if self.connection.api_key is None:
+                raise NotLoggedInError(self.connection.missing_key())
+            headers["Authorization"] = f"Bearer {self.connection.api_key}"
         if request.idempotency_key:
             headers["Idempotency-Key"] = uuid.uuid4().hex
         return headers
@@ -333,16 +333,6 @@ def _status_in(event: Mapping[str, Any]) -> int:
     error = event.get("error")
     status = error.get("status") if isinstance(error, dict) else None
     return status if isinstance(status, int) else 500
-
-
-def _no_key(connection: Connection) -> str:
-    how = "set _8080_API_KEY or run `8080 apikey set -`"
-    if connection.other_servers:
-        return (
-            f"no API key for {connection.base_url}: the stored keys are for "
-            f"{', '.join(connection.other_servers)}; {how} with `--base-url {connection.base_url}`"
-        )
-    return f"no API key for {connection.base_url}: {how}"
 
 
 def _version() -> str:
