@@ -155,7 +155,7 @@ class _daemon:
         with daemon.client() as http:
             for project_key in {daemon.api_key, *daemon.other_keys}:
                 http.headers["Authorization"] = f"Bearer {project_key}"
-                while page := http.get("/v1/sandboxes", params={"limit": 100}).json()["data"]:
+                while page := http.get("/v1/sandboxes", params={"limit": 100}).json().get("data"):
                     for sandbox in page:
                         http.post(f"/v1/sandboxes/{sandbox['id']}/stop")
         daemon.stop()

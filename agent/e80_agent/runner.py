@@ -61,7 +61,7 @@ def child(sock: socket.socket) -> None:
         os.chdir(header["cwd"])
     except OSError as error:
         # The agent reads this when it sees the exit. Closing without a word means that all is well.
-        os.write(_START_FD, error.strerror.encode())
+        os.write(_START_FD, (error.strerror or "unknown error").encode())
         os._exit(127)
     os.close(_START_FD)
     _set_up_python(header)
