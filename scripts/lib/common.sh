@@ -5,10 +5,7 @@ set -euo pipefail
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 STATE_DIR=${SANDBOXD_STATE_DIR:-/var/lib/sandboxd}
 export SANDBOXD_HOST=${SANDBOXD_HOST:-127.0.0.1} SANDBOXD_PORT=${SANDBOXD_PORT:-8080}
-BASE_URL=http://$SANDBOXD_HOST:$SANDBOXD_PORT
-[[ $SANDBOXD_HOST == 0.0.0.0 ]] && BASE_URL=http://127.0.0.1:$SANDBOXD_PORT
 STARTED_MS=$(date +%s%3N)
-export -n BASH_ENV 2>/dev/null || true
 
 # One line of progress, with the seconds since the script began.
 say() { printf '[%3ds] %s\n' $((($(date +%s%3N) - STARTED_MS) / 1000)) "$*" >&2; }
@@ -56,6 +53,21 @@ apt_install() {
 # need_command COMMAND PACKAGE: installs the package when the command is not there.
 need_command() {
   PATH=$PATH:/usr/sbin:/sbin command -v "$1" >/dev/null || apt_install "$2"
+}
+
+# One run of the scripts that start and stop things at a time, for as long as this script lives.
+only_one() {
+  mkdir -p "$REPO/build"
+  exec 9>"$REPO/build/up.lock"
+  flock --nonblock 9 || {
+    say "waiting for another scripts/up or scripts/down ..."
+    flock 9
+  }
+}
+
+# lives_as PID [PROGRAM]: a process that is no zombie (those have no command line) and runs this program.
+lives_as() {
+  [[ $1 =~ ^[0-9]+$ && (-z ${2:-} || $(cat "/proc/$1/comm" 2>/dev/null) == "$2") ]] && grep -qs . "/proc/$1/cmdline"
 }
 
 state_folder() { as_root install -d -m 0700 "$STATE_DIR"; }

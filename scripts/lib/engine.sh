@@ -184,11 +184,6 @@ remove_stale_pid_file() {
   }
 }
 
-# lives_as PID [PROGRAM]: a process that is no zombie (those have no command line) and runs this program.
-lives_as() {
-  [[ $1 =~ ^[0-9]+$ && (-z ${2:-} || $(cat "/proc/$1/comm" 2>/dev/null) == "$2") ]] && grep -qs . "/proc/$1/cmdline"
-}
-
 # await_engine SECONDS [PID_FILE]: until it answers; no longer than the process in the file lives.
 await_engine() {
   local deadline=$((SECONDS + $1)) pid=""
