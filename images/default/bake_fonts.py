@@ -11,10 +11,8 @@ import tempfile
 
 import matplotlib
 
-BEFORE = "            fm = json_load(fm_path)\n"
-AFTER = (
-    "            fm = json_load(fm_path if fm_path.exists() else Path(mpl.get_data_path(), 'fontlist.json'))\n"
-)
+BEFORE = "fm = json_load(fm_path)"
+AFTER = "fm = json_load(fm_path if fm_path.exists() else Path(mpl.get_data_path(), 'fontlist.json'))"
 
 
 def main() -> None:

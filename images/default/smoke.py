@@ -10,11 +10,15 @@ import sys
 import time
 import zipfile
 
-LIBRARIES = (
-    "IPython numpy numpy.testing pandas matplotlib.pyplot scipy.stats scipy.optimize sympy sklearn.linear_model "
-    "sklearn.ensemble requests bs4 lxml.etree yaml PIL.Image openpyxl pypdf docx tabulate "
-    "ssl sqlite3 ctypes lzma bz2 zoneinfo venv ensurepip pip"
-).split()
+import docx
+import pandas
+import pypdf
+
+LIBRARIES = """
+IPython numpy numpy.testing pandas matplotlib.pyplot scipy.stats scipy.optimize sympy sklearn.linear_model
+sklearn.ensemble requests bs4 lxml.etree yaml PIL.Image openpyxl pypdf docx tabulate
+ssl sqlite3 ctypes lzma bz2 zoneinfo venv ensurepip pip
+"""
 HOME = pathlib.Path.home()
 
 
@@ -24,15 +28,19 @@ def main() -> None:
     check_figure()
     check_documents()
     check_pip_and_venv()
-    print(f"    ok: numpy and pandas import in {fastest_import_s():.2f} s")
+    ok(f"numpy and pandas import in {fastest_import_s():.2f} s")
+
+
+def ok(text: str) -> None:
+    sys.stdout.write(f"    ok: {text}\n")
 
 
 def check_libraries() -> None:
-    for name in LIBRARIES:
+    for name in LIBRARIES.split():
         importlib.import_module(name)
     if not ran(sys.executable, "-m", "pip", "check"):
         sys.exit("pip check found a library without what it needs")
-    print(f"    ok: {len(LIBRARIES)} libraries import, nothing they need is missing")
+    ok("all libraries import, nothing they need is missing")
 
 
 def check_compiled() -> None:
@@ -47,7 +55,7 @@ def check_compiled() -> None:
                 stale.append(str(source))
     if stale:
         sys.exit(f"{len(stale)} modules have no valid .pyc, the first: {stale[:3]}")
-    print("    ok: every module is compiled")
+    ok("every module is compiled")
 
 
 def check_figure() -> None:
@@ -64,14 +72,10 @@ def check_figure() -> None:
         sys.exit(f"matplotlib's backend is not agg: {out[:200]}")
     if (HOME / "figure.png").read_bytes()[:8] != b"\x89PNG\r\n\x1a\n":
         sys.exit("figure.png is no PNG")
-    print("    ok: a figure renders, from the baked font list")
+    ok("a figure renders, from the baked font list")
 
 
 def check_documents() -> None:
-    import docx
-    import pandas
-    import pypdf
-
     frame = pandas.DataFrame({"a": [1, 2], "b": ["x", "y"]})
     frame.to_excel(HOME / "sheet.xlsx", index=False)
     if not pandas.read_excel(HOME / "sheet.xlsx").equals(frame) or "|" not in frame.to_markdown():
@@ -82,7 +86,7 @@ def check_documents() -> None:
     writer.write(HOME / "page.pdf")
     if len(pypdf.PdfReader(HOME / "page.pdf").pages) != 1:
         sys.exit("the PDF has no page")
-    print("    ok: xlsx, docx and pdf are written and read")
+    ok("xlsx, docx and pdf are written and read")
 
 
 def check_pip_and_venv() -> None:
@@ -98,7 +102,7 @@ def check_pip_and_venv() -> None:
         sys.exit("python3 -m venv gave no environment with a working pip")
     if not output(python, "-c", "import tiny_e80; print(tiny_e80.__file__)").startswith(str(HOME / "env")):
         sys.exit("pip in the venv did not install into the venv")
-    print("    ok: pip installs into the workspace, and into a venv, without a network")
+    ok("pip installs into the workspace, and into a venv, without a network")
 
 
 def make_wheel(path: pathlib.Path) -> pathlib.Path:

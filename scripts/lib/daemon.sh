@@ -22,7 +22,7 @@ daemon_pid() {
 
 daemon_version() {
   (
-    cd "$REPO"
+    cd "$REPO" || exit
     pwd
     compgen -e | grep '^SANDBOXD_' | while read -r name; do echo "$name=${!name}"; done
     find sandboxd agent/e80_agent pyproject.toml -type f -not -name '*.pyc' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum
@@ -55,7 +55,7 @@ ensure_daemon() {
 }
 
 check_port() {
-  [[ $SANDBOXD_PORT =~ ^[0-9]+$ ]] && ((SANDBOXD_PORT > 0 && SANDBOXD_PORT < 65536)) ||
+  [[ $SANDBOXD_PORT =~ ^[0-9]{1,5}$ && $SANDBOXD_PORT -gt 0 && $SANDBOXD_PORT -lt 65536 ]] ||
     die "SANDBOXD_PORT=$SANDBOXD_PORT is no port" "Use a number from 1 to 65535."
   local fault
   fault=$(as_root "$VENV/bin/python" - "$SANDBOXD_HOST" "$SANDBOXD_PORT" <<'PYTHON'
