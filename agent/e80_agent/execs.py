@@ -6,11 +6,14 @@ or was restarted, asks for the same exec from where it stopped and nothing is lo
 
 from __future__ import annotations
 
+import array
 import collections
 import errno
+import fcntl
 import json
 import os
 import signal
+import termios
 import time
 from typing import Any, Callable, Deque, Dict, Iterable, List, Optional, Protocol
 
@@ -24,6 +27,7 @@ MAX_RUNNING = 64
 KEPT_FINISHED = 64
 KEPT_BYTES = 32 * 1024 * 1024
 _READ_SIZE = 65536
+_MAX_PACKETS = 64
 _MAX_ERROR = 256 * 1024
 
 
@@ -60,7 +64,6 @@ class Exec:
         self.deadline: Optional[Timer] = None
         self.spool: Optional[Spool] = None
         self.ending = False
-        self.swept = False
 
     def append(self, kind: int, payload: bytes) -> None:
         self.log += protocol.pack_record(kind, payload)
@@ -100,6 +103,7 @@ class Execs:
     def forget(self, run: Exec) -> None:
         """For an exec that could not be started: as if it had never been."""
         self._by_id.pop(run.id, None)
+        run.finished = True
         if run.deadline is not None:
             run.deadline.cancel()
         self._close_pipes(run)
@@ -159,27 +163,20 @@ class Execs:
 
     def _end(self, run: Exec) -> None:
         if run.ending:
-            if run.main_exited:
-                self._finish_when_swept(run)
             return
         run.ending = True
         if run.deadline is not None:
             run.deadline.cancel()
+        Sweep(self._loop, run.tag, self._own_pids, lambda: run.main_exited, lambda: self._finish(run)).run()
 
-        def swept() -> None:
-            run.swept = True
-            self._finish_when_swept(run)
-
-        Sweep(self._loop, run.tag, self._own_pids, swept).run()
-
-    def _finish_when_swept(self, run: Exec) -> None:
-        if run.finished or not run.main_exited or not run.swept:
-            return
-        # Every writer is gone, so what is in the pipes now is all there will be. A descriptor that was
-        # handed to another exec can keep a pipe open: reading stops at "would block" all the same.
+    def _finish(self, run: Exec) -> None:
+        # Every writer is gone, so what is in the pipes now is all there will be. Not more than that: another
+        # exec may have been handed a descriptor, and could write as fast as we read.
         for fd in list(run.outputs):
-            while self._read(run, fd):
-                continue
+            left = _waiting_bytes(fd)
+            while left > 0:
+                size = self._read(run, fd)
+                left = left - size if size else 0
         self._close_pipes(run)
         if run.error:
             run.append(protocol.RECORD_ERROR, bytes(run.error))
@@ -213,23 +210,31 @@ class Execs:
 
         return readable
 
-    def _read(self, run: Exec, fd: int) -> bool:
-        """Moves one read's worth from a pipe into the log; False at its end or when it is empty."""
-        try:
-            data = os.read(fd, _READ_SIZE)
-        except BlockingIOError:
-            return False
-        if not data:
-            self._loop.forget(fd)
-            os.close(fd)
-            del run.outputs[fd]
-            return False
+    def _read(self, run: Exec, fd: int) -> int:
+        """Moves what a pipe holds, about one read's worth, into the log; returns how much that was."""
         kind = run.outputs[fd]
+        data = b""
+        # A pipe in packet mode gives one write at a time; a record for each would drown who reads them.
+        for _ in range(_MAX_PACKETS):
+            try:
+                part = os.read(fd, _READ_SIZE)
+            except BlockingIOError:
+                break
+            if not part:
+                self._loop.forget(fd)
+                os.close(fd)
+                del run.outputs[fd]
+                break
+            data = data + part if data else part
+            if len(data) >= _READ_SIZE // 2:
+                break
+        if not data:
+            return 0
         if kind == protocol.RECORD_ERROR:
             run.error += data[: _MAX_ERROR - len(run.error)]
         else:
             self._log(run, kind, data)
-        return True
+        return len(data)
 
     def _log(self, run: Exec, kind: int, data: bytes) -> None:
         room = run.output_limit - len(run.log)
@@ -293,6 +298,16 @@ def oom_kills() -> int:
         except OSError:
             continue
     return 0
+
+
+def _waiting_bytes(fd: int) -> int:
+    """How many bytes a pipe holds right now; where nobody can tell, the most it can hold."""
+    count = array.array("i", [0])
+    try:
+        fcntl.ioctl(fd, termios.FIONREAD, count)
+    except OSError:
+        return 1024 * 1024
+    return count[0]
 
 
 def _kill(pid: int, number: int) -> None:

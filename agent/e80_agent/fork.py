@@ -15,10 +15,10 @@ from e80_agent.tenant import Tenant
 
 
 def run_as_tenant(tenant: Tenant, work: Callable[[], None], keep: List[socket.socket]) -> int:
-    """Forks a child that becomes the tenant and runs `work`; returns its pid.
+    """Forks a child that acts as the tenant and runs `work`; returns its pid.
 
-    The child keeps only the given sockets. A change of uid left it undumpable, so that other processes of
-    the same uid can neither trace it nor reach its descriptors; it never runs code of the tenant.
+    The child keeps only the given sockets and never runs code of the tenant. The kernel sees the tenant in
+    all it does to files, but it stays out of the tenant's reach: no signal, no trace, no descriptor of it.
     """
     pid = os.fork()
     if pid:
@@ -32,7 +32,7 @@ def run_as_tenant(tenant: Tenant, work: Callable[[], None], keep: List[socket.so
             low = fd + 1
         os.closerange(low, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         tenants.offer_to_oom_killer()
-        tenants.become(tenant.uid, tenant.gid, None, tenant.max_processes)
+        tenants.act_as(tenant.uid, tenant.gid)
         os.umask(0o022)
         os.chdir(tenants.HOME)
         work()

@@ -7,6 +7,7 @@ Run as `python -c` by interpreters.py with the control socket on descriptor 3.
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import os
 import select
@@ -14,12 +15,14 @@ import signal
 import socket
 import struct
 import sys
+import traceback
 from typing import List
 
 from e80_agent import runner
 from e80_agent.fork import send_fds
 
 CONTROL_FD = 3
+_RETRY_S = 0.02
 
 # parent -> agent: kind, pid, wait status, CPU time in ms, growth of memory in KiB over the parent's own
 REPORT = struct.Struct(">cIidI")
@@ -46,29 +49,45 @@ def main(preload: List[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     own_kb = _resident_kb()
     control.sendall(REPORT.pack(READY, os.getpid(), 0, 0.0, own_kb))
+    owed = 0
     while True:
-        readable, _, _ = select.select([control.fileno(), wake_r], [], [])
+        readable, _, _ = select.select([control.fileno(), wake_r], [], [], _RETRY_S if owed else None)
         if wake_r in readable:
             _report_exits(control, wake_r, own_kb)
         if control.fileno() in readable:
             if control.recv(1) != FORK:
                 return
-            _fork_ahead(control, [wake_r, wake_w])
+            owed += 1
+        while owed and _fork_ahead(control, [wake_r, wake_w]):
+            owed -= 1
 
 
-def _fork_ahead(control: socket.socket, wake: List[int]) -> None:
+def _fork_ahead(control: socket.socket, wake: List[int]) -> bool:
+    """False when there is no room for another process right now: whoever took it, it comes back."""
     ours, theirs = socket.socketpair()
-    pid = os.fork()
-    if pid == 0:
+    with ours, theirs:
+        try:
+            pid = os.fork()
+        except OSError:
+            return False
+        if pid == 0:
+            _run_child(control, ours, theirs, wake)
+        send_fds(control, REPORT.pack(SPARE, pid, 0, 0.0, 0), [ours.fileno()])
+    return True
+
+
+def _run_child(control: socket.socket, ours: socket.socket, theirs: socket.socket, wake: List[int]) -> None:
+    try:
         control.close()
         ours.close()
         for fd in wake:
             os.close(fd)
         runner.child(theirs)
+    except BaseException:
+        # Nobody above this frame may ever run: it is a copy of the parent's loop.
+        traceback.print_exc()
+    finally:
         os._exit(1)
-    theirs.close()
-    with ours:
-        send_fds(control, REPORT.pack(SPARE, pid, 0, 0.0, 0), [ours.fileno()])
 
 
 def _report_exits(control: socket.socket, wake_r: int, own_kb: int) -> None:
@@ -89,12 +108,21 @@ def _report_exits(control: socket.socket, wake_r: int, own_kb: int) -> None:
 
 
 def _preload(names: List[str]) -> None:
+    config_dir = os.environ.get("MPLCONFIGDIR")
     for name in names:
         try:
             importlib.import_module(name)
         except ImportError:
             # The image does not have it: then nobody can import it, and there is nothing to warm.
             continue
+    folder = os.environ.get("MPLCONFIGDIR")
+    if folder and folder != config_dir:
+        # matplotlib made it, because root has no home here, and each child would try to remove it at its end.
+        atexit.unregister(sys.modules["shutil"].rmtree)
+        try:
+            os.rmdir(folder)
+        except OSError:
+            return
 
 
 def _resident_kb() -> int:

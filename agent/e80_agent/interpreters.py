@@ -7,11 +7,12 @@ import os
 import signal
 import socket
 import sys
+import time
 from typing import Any, Callable, Deque, Dict, Iterator, List, Optional, Tuple
 
 from e80_agent import interpreter, tenant
 from e80_agent.fork import receive_fds
-from e80_agent.loop import Loop
+from e80_agent.loop import Loop, Timer
 
 Spare = Tuple[int, socket.socket]
 OnSpare = Callable[[int, socket.socket], None]
@@ -24,6 +25,8 @@ _START = (
 
 _RESTART_DELAY_S = 0.2
 _RESTART_MAX_S = 5.0
+
+PARK_AFTER_S = 120.0
 
 # Imports are what makes a run slow; these are forked from, heavier ones are imported by the child (a fork
 # copies every page table: with sympy and sklearn in the parent each fork would cost 15 ms instead of 4).
@@ -56,13 +59,15 @@ class Interpreter:
         self._on_exit: Dict[int, OnExit] = {}
         self._forks_asked = 0
         self._was_ready = False
+        self._stopped = False
         self._restarts = 0
         self.pid: Optional[int] = None
         self.ready = False
 
     def start(self) -> None:
-        if self._sock is not None:
+        if self.pid is not None:
             return
+        self._stopped = False
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         with theirs:
@@ -72,6 +77,16 @@ class Interpreter:
         self._sock = ours
         self._loop.set_reader(ours.fileno(), self._readable)
         self._loop.on_exit(self.pid, lambda _pid, _status, _usage: self._died())
+
+    def stop(self) -> None:
+        """Ends the parent and its spares; `start` begins anew. Only while it is not busy."""
+        self._stopped = True
+        self._lost()
+
+    @property
+    def busy(self) -> bool:
+        """Whether children of it run, or are waited for: their exits reach us only through it."""
+        return bool(self._on_exit or self._waiting)
 
     def take(self, callback: OnSpare) -> None:
         """Calls back with a child forked ahead, now or as soon as there is one."""
@@ -145,7 +160,8 @@ class Interpreter:
             self._ask_for_fork()
 
     def _lost(self) -> None:
-        assert self._sock is not None
+        if self._sock is None:
+            return
         self._loop.forget(self._sock.fileno())
         self._sock.close()
         self._sock = None
@@ -164,6 +180,8 @@ class Interpreter:
         for pid, callback in self._on_exit.items():
             self._loop.on_exit(pid, _adopted(callback))
         self._on_exit.clear()
+        if self._stopped:
+            return
         if not self._was_ready and self._preload:
             return  # its imports cannot be preloaded here; runs import them themselves
         self._restarts += 1
@@ -183,6 +201,10 @@ class Interpreters:
         env["HOME"] = "/nonexistent"
         self.bare = Interpreter(loop, [], env)
         self.warm = Interpreter(loop, WARM_MODULES, dict(env, **_ONE_THREAD))
+        self._loop = loop
+        self._warm_wanted = False
+        self._warm_used = 0.0
+        self._park_timer: Optional[Timer] = None
         self.bare.start()
 
     def choose(self, code: bytes) -> Interpreter:
@@ -191,8 +213,31 @@ class Interpreters:
         if any(word in code for word in _WARM_WORDS):
             if self.warm.ready:
                 return self.warm
-            self.warm.start()
+            self._warm_wanted = True
         return self.bare
+
+    def run_ended(self, parent: Interpreter) -> None:
+        """Starts the warm parent once somebody has missed it, and not while they import it themselves."""
+        if parent is self.warm:
+            self._warm_used = time.monotonic()
+        elif self._warm_wanted:
+            self._warm_wanted = False
+            self.start_warm()
+
+    def start_warm(self) -> None:
+        self._warm_used = time.monotonic()
+        self.warm.start()
+        if self._park_timer is None:
+            self._park_timer = self._loop.call_later(PARK_AFTER_S, self._park)
+
+    def _park(self) -> None:
+        """Ends a warm parent that nobody has used for a while: it is most of an idle sandbox's memory."""
+        left = self._warm_used + PARK_AFTER_S - time.monotonic()
+        if left > 0 or self.warm.busy:
+            self._park_timer = self._loop.call_later(max(left, 1.0), self._park)
+            return
+        self._park_timer = None
+        self.warm.stop()
 
     def pids(self) -> Iterator[int]:
         yield from self.bare.pids()

@@ -50,6 +50,9 @@ class Agent:
             operation(self, connection, header, body)
         except (KeyError, TypeError, ValueError) as error:
             connection.fail("bad_request", "%s: %r" % (header.get("op"), error))
+        except OSError as error:
+            # Out of processes or descriptors: this request fails, the agent goes on.
+            connection.fail("start_failed", "%s: %s" % (header.get("op"), error.strerror))
 
 
 def main(folder: str) -> None:

@@ -31,7 +31,10 @@ except ImportError:  # python3-minimal has no ctypes
 ERROR_FD = 3
 _START_FD = 4
 FILENAME = "<code>"
-_MAX_TRACEBACK = 64 * 1024
+# In characters; a character takes at most six bytes of JSON, and the agent keeps 256 KiB of it.
+_MAX_TRACEBACK = 24 * 1024
+_MAX_VALUE = 8 * 1024
+_MAX_NAME = 200
 _PR_SET_DUMPABLE = 4
 _LIBC = ctypes.CDLL(None) if ctypes else None
 
@@ -183,9 +186,13 @@ def _report(error: BaseException) -> None:
         value = str(error)
     except Exception:
         value = "<str() of the exception failed>"
-    fact = {"name": type(error).__name__, "value": value[:8192], "traceback": text[-_MAX_TRACEBACK:]}
+    fact = {
+        "name": type(error).__name__[:_MAX_NAME],
+        "value": value[:_MAX_VALUE],
+        "traceback": text[-_MAX_TRACEBACK:],
+    }
     try:
-        os.write(ERROR_FD, json.dumps(fact).encode("utf-8", "replace"))
+        os.write(ERROR_FD, json.dumps(fact, ensure_ascii=False).encode("utf-8", "replace"))
     except OSError:
         # The tenant closed or filled the channel: its own loss, stderr has the traceback.
         return

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
-from typing import Callable, Iterable, List
+from typing import Callable, Iterable, List, Set, Tuple
 
 from e80_agent.loop import Loop
 
@@ -16,10 +16,11 @@ _PASS_DELAY_S = 0.002
 _UNKILLABLE_S = 0.05
 
 
-def marked(tag: int, skip: Iterable[int]) -> List[int]:
-    """The processes, zombies aside, that carry `tag`; `skip` are pids known to be ours."""
+def marked(tag: int, skip: Iterable[int]) -> Tuple[List[int], List[int]]:
+    """The processes that carry `tag`, alive and dead; `skip` are pids known to be ours."""
     known = set(skip)
-    found = []
+    alive: List[int] = []
+    dead: List[int] = []
     needle = b"%d" % tag
     for name in os.listdir("/proc"):
         if not name.isdigit() or int(name) in known:
@@ -29,42 +30,65 @@ def marked(tag: int, skip: Iterable[int]) -> List[int]:
                 status = file.read(4096)
         except OSError:
             continue
-        if b"\nState:\tZ" in status:
+        if needle not in _field(status, b"Groups").split():
             continue
-        groups = status.partition(b"\nGroups:")[2].partition(b"\n")[0]
-        if needle in groups.split():
-            found.append(int(name))
-    return found
+        # A process whose first thread has ended shows as a zombie, too, while its other threads run on.
+        ended = _field(status, b"State").startswith(b"Z") and _field(status, b"Threads") == b"1"
+        (dead if ended else alive).append(int(name))
+    return alive, dead
+
+
+def _field(status: bytes, name: bytes) -> bytes:
+    return status.partition(b"\n" + name + b":")[2].partition(b"\n")[0].strip()
 
 
 class Sweep:
-    """Kills until nothing marked is left, one pass per turn of the loop, then calls `done`."""
+    """Kills until nothing marked is left, one pass per turn of the loop, then calls `done`.
+
+    A pass is no snapshot: a process can fork and end before it is looked at, its child is not in the list
+    any more. But while orphans are not reaped it leaves a zombie, so the last pass is one that finds
+    nothing alive and no zombie that the pass before had not seen, after the main process was reaped.
+    """
 
     def __init__(
-        self, loop: Loop, tag: int, skip: Callable[[], Iterable[int]], done: Callable[[], None]
+        self,
+        loop: Loop,
+        tag: int,
+        skip: Callable[[], Iterable[int]],
+        main_reaped: Callable[[], bool],
+        done: Callable[[], None],
     ) -> None:
         self._loop = loop
         self._tag = tag
         self._skip = skip
+        self._main_reaped = main_reaped
         self._done = done
-        self._holding = False
+        self._zombies: Set[int] = set()
         self._passes = 0
+        loop.hold_orphans()
 
     def run(self) -> None:
-        left = marked(self._tag, self._skip())
-        if not left:
-            if self._holding:
-                self._loop.release_orphans()
+        try:
+            over = self._pass()
+        except OSError:
+            over = False  # out of descriptors, say: the next pass may have better luck
+        if over:
+            self._loop.release_orphans()
             self._done()
             return
-        if not self._holding:
-            self._holding = True
-            self._loop.hold_orphans()
+        # A process in an uninterruptible wait dies when its wait ends; there is no use in spinning on it.
+        self._passes += 1
+        self._loop.call_later(_PASS_DELAY_S if self._passes < 100 else _UNKILLABLE_S, self.run)
+
+    def _pass(self) -> bool:
+        may_be_last = self._main_reaped()
+        left, dead = marked(self._tag, self._skip())
+        if may_be_last and not left and self._zombies.issuperset(dead):
+            return True
+        self._zombies.update(dead)
         for pid in left:
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
-        # A process in an uninterruptible wait dies when its wait ends; there is no use in spinning on it.
-        self._passes += 1
-        self._loop.call_later(_PASS_DELAY_S if self._passes < 100 else _UNKILLABLE_S, self.run)
+        return False

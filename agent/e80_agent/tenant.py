@@ -14,6 +14,8 @@ HOME = "/home/user"
 # group, and a tenant has no capability, so setsid, double forks and exec keep the mark: see sweep.py.
 TAG_BASE = 0x40000000
 
+_NICE = 19
+
 
 class Tenant:
     """Who tenant code runs as in this sandbox."""
@@ -50,7 +52,19 @@ def become(uid: int, gid: int, tag: Optional[int], max_processes: int) -> None:
     # Counted per uid and the uid is this sandbox's own: it keeps the agent room to fork under a fork bomb.
     resource.setrlimit(resource.RLIMIT_NPROC, (max_processes, max_processes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # Within the sandbox only: the agent and its parents are scheduled first, however many tenants spin.
+    os.setpriority(os.PRIO_PROCESS, 0, _NICE)
     os.setresuid(uid, uid, uid)
+
+
+def act_as(uid: int, gid: int) -> None:
+    """Takes the tenant's rights to files, and none besides, without becoming its process.
+
+    Permission to signal goes by the real and the saved uid, which stay root's: a tenant that could stop or
+    end a helper could make the agent wait for it."""
+    os.setgroups([])
+    os.setresgid(gid, gid, gid)
+    os.setresuid(0, uid, 0)
 
 
 def offer_to_oom_killer() -> None:

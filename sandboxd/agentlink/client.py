@@ -13,10 +13,14 @@ from typing import Any
 from e80_agent import protocol
 
 from sandboxd.agentlink.errors import AgentRefusedError, LinkBrokenError
+from sandboxd.kit.errors import SandboxdError
 from sandboxd.kit.streams import Stream
 
 CALL_TIMEOUT_S = 10.0
 REATTACH_TIMEOUT_S = 10.0
+MAX_LOSSES = 5
+# The agent ends an exec at its deadline; one that is this late has an agent that does not work any more.
+OVERTIME_S = 30.0
 WRITE_CHUNK = 256 * 1024
 
 _NUMBER = (int, float)
@@ -136,52 +140,54 @@ class Agent:
         else:
             header["argv"] = list(request.argv)
         header["body"] = len(body)
-        async for event in self._follow(request.id, 0, header, body):
+        limit_s = None if request.timeout_s is None else request.timeout_s + OVERTIME_S
+        async for event in self._follow(request.id, 0, header, body, limit_s):
             yield event
 
     async def attach(self, exec_id: str, offset: int = 0) -> AsyncIterator[Event]:
         """The exec's events from an offset of its log on; for execs that an earlier daemon started."""
-        async for event in self._follow(exec_id, offset, _attach_header(exec_id, offset), b""):
+        async for event in self._follow(exec_id, offset, _attach_header(exec_id, offset), b"", None):
             yield event
 
     async def _follow(
-        self, exec_id: str, offset: int, header: dict[str, Any], body: bytes
+        self, exec_id: str, offset: int, header: dict[str, Any], body: bytes, limit_s: float | None
     ) -> AsyncIterator[Event]:
-        attempt = 0
+        deadline = None if limit_s is None else asyncio.get_running_loop().time() + limit_s
+        stream = await self._dial(CALL_TIMEOUT_S)
+        losses = 0
         while True:
-            stream = await self._dial(CALL_TIMEOUT_S if attempt == 0 else REATTACH_TIMEOUT_S)
-            finished = False
             try:
-                _send(stream, header, body)
-                _check(await _read_header(stream))
-                while not finished:
-                    event, size = await _read_event(stream)
+                async for event, size in _read_log(stream, header, body, deadline):
                     offset += size
-                    finished = isinstance(event, Outcome)
-                    if finished:
-                        stream.release()
+                    losses = 0
                     yield event
                 return
-            except (asyncio.IncompleteReadError, ConnectionError, BrokenPipeError) as error:
-                attempt += 1
-                if attempt > 5:
+            except (asyncio.IncompleteReadError, ConnectionError) as error:
+                losses += 1
+                if losses > MAX_LOSSES:
                     raise LinkBrokenError(f"lost the agent while following exec {exec_id}") from error
-            except AgentRefusedError as error:
-                stream.release()
-                finished = True
-                # The request was sent and its answer lost: the exec runs, and never runs twice.
-                if error.agent_code != "exec_exists" or attempt == 0:
-                    raise
-            finally:
-                if not finished:
-                    stream.close()
-            # The first request may have been lost on its way; only then may it be sent again.
-            known = offset > 0 or await self._knows(exec_id)
-            if known:
+            except TimeoutError as error:
+                raise LinkBrokenError(f"exec {exec_id} is long past its deadline") from error
+            # Only a request that never arrived may be sent again; else the exec is taken up, not run twice.
+            if offset > 0 or await self._knows(exec_id):
                 header, body = _attach_header(exec_id, offset), b""
+            stream = await self._redial(exec_id)
+
+    async def _redial(self, exec_id: str) -> Stream:
+        try:
+            return await self._dial(REATTACH_TIMEOUT_S)
+        except SandboxdError as error:
+            raise LinkBrokenError(
+                f"the agent did not come back to exec {exec_id}: {error.message}"
+            ) from error
 
     async def _knows(self, exec_id: str) -> bool:
-        return exec_id in (await self.hello(REATTACH_TIMEOUT_S)).execs
+        try:
+            return exec_id in (await self.hello(REATTACH_TIMEOUT_S)).execs
+        except SandboxdError as error:
+            raise LinkBrokenError(
+                f"the agent did not come back to exec {exec_id}: {error.message}"
+            ) from error
 
     async def read_file(self, path: str) -> tuple[int, AsyncIterator[bytes]]:
         """The file's size when it was opened, and its bytes. The iterator must be used up or closed."""
@@ -210,7 +216,10 @@ class Agent:
                     reply = await answer
         except BaseExceptionGroup as faults:
             # Of the two only the sender can fail, and then the answer was cancelled: one fault, its own.
-            raise faults.exceptions[0] from None
+            fault = faults.exceptions[0]
+            if isinstance(fault, TimeoutError):
+                raise LinkBrokenError("the agent did not say that the file was written") from fault
+            raise fault from None
         finally:
             stream.close()
         if reply is None:
@@ -294,16 +303,43 @@ async def _read_record(stream: Stream) -> tuple[int, bytes]:
     return kind, await stream.reader.readexactly(size)
 
 
-async def _read_event(stream: Stream) -> tuple[Event, int]:
-    kind, payload = await _read_record(stream)
-    size = protocol.RECORD.size + len(payload)
+def _event(kind: int, payload: bytes) -> Event:
     if kind in (protocol.RECORD_STDOUT, protocol.RECORD_STDERR):
-        return Output(kind == protocol.RECORD_STDERR, payload), size
+        return Output(kind == protocol.RECORD_STDERR, payload)
     if kind == protocol.RECORD_ERROR:
-        return _failure(payload), size
+        return _failure(payload)
     if kind == protocol.RECORD_END:
-        return _outcome(payload), size
+        return _outcome(payload)
     raise LinkBrokenError(f"the agent sent a record of unknown kind {kind}")
+
+
+async def _read_log(
+    stream: Stream, header: dict[str, Any], body: bytes, deadline: float | None
+) -> AsyncIterator[tuple[Event, int]]:
+    """Sends the request and yields the exec's events with their sizes in the log, up to its Outcome."""
+    between_requests = False
+    try:
+        async with asyncio.timeout_at(deadline):
+            _send(stream, header, body)
+            reply = await _read_header(stream)
+        between_requests = reply.get("ok") is not True
+        _check(reply)
+        while True:
+            async with asyncio.timeout_at(deadline):
+                kind, payload = await _read_record(stream)
+            between_requests = kind == protocol.RECORD_END
+            event = _event(kind, payload)
+            if between_requests:
+                # Before the consumer gets to see it: it may not come back for more.
+                stream.release()
+            yield event, protocol.RECORD.size + len(payload)
+            if between_requests:
+                return
+    finally:
+        if between_requests:
+            stream.release()
+        else:
+            stream.close()
 
 
 async def _file_chunks(stream: Stream) -> AsyncIterator[bytes]:

@@ -62,6 +62,10 @@ class Settings(BaseSettings):
         True,
         description="Load numpy, pandas and pyplot ahead in idle moments, so that importing them is quick.",
     )
+    max_execs: int = Field(48, ge=1, le=56, description="Execs at once in one sandbox.")
+    concurrent_starts: int = Field(
+        4, ge=1, le=64, description="Sandboxes started at the same time; others wait."
+    )
     exec_timeout_s: float = Field(60, gt=0, description="Time of an exec that asks for none.")
     max_exec_timeout_s: float = Field(3600, gt=0, description="Longest exec.")
     exec_output_mb: int = Field(4, ge=1, le=16, description="Output of an exec kept for the answer.")

@@ -11,7 +11,8 @@ class Stream(Protocol):
     writer: asyncio.StreamWriter
 
     def release(self) -> None:
-        """Gives a connection back that is between requests; another caller may get it."""
+        """Gives a connection back that is between requests; another caller may get it. From then on this
+        object is of no more use, and a second `release` or a `close` does nothing."""
 
     def close(self) -> None:
-        """Ends the connection. May be called twice, and after `release` it does nothing."""
+        """Ends the connection. May be called twice."""

@@ -18,7 +18,6 @@ from sandboxd.kit.ids import new_id
 from sandboxd.kit.metrics import Metrics
 from sandboxd.kit.settings import Settings
 from sandboxd.kit.tasks import TaskOwner
-from sandboxd.runtimes.errors import AgentUnreachableError
 from sandboxd.sandboxes.errors import BusyError, LimitError
 from sandboxd.sandboxes.live import LiveSandbox, LiveSandboxes
 from sandboxd.sandboxes.states import ExecStatus
@@ -89,6 +88,8 @@ class ExecService:
 
     async def _events(self, sandbox: LiveSandbox, wanted: NewExec, run: "_Run") -> AsyncGenerator[Event]:
         request = self._request(sandbox, wanted, run.id)
+        if sandbox.execs >= self._settings.max_execs:
+            raise BusyError(f"Sandbox {sandbox.id} runs {sandbox.execs} execs, the limit")
         sandbox.execs += 1
         try:
             async for event in sandbox.agent.run(request):
@@ -96,7 +97,7 @@ class ExecService:
         except AgentRefusedError as error:
             for event in _refused(error):
                 yield event
-        except (LinkBrokenError, AgentUnreachableError) as error:
+        except LinkBrokenError as error:
             # With its sandbox gone the exec was ended; otherwise nobody can tell.
             gone = self._live.get(sandbox.id) is None
             log.warning("exec.link_lost", sandbox_id=sandbox.id, exec_id=run.id, reason=error.message)

@@ -65,9 +65,10 @@ class Sweep:
 
     async def run(self) -> None:
         """One pass; at start it also takes up every sandbox that an earlier process left running."""
-        owned = {item.sandbox_id: item for item in await self._runtime.list()}
+        # Rows first: each of them that runs has its container by the time the engine is asked.
         async with self._db.read() as session:
             alive = {row.id: row for row in await store.list_alive(session)}
+        owned = {item.sandbox_id: item for item in await self._runtime.list()}
         for row in alive.values():
             if self._service.is_busy(row.id):
                 continue
@@ -78,13 +79,17 @@ class Sweep:
                 await self._remove(sandbox_id)
 
     async def _mend(self, row: Sandbox, phase: Phase | None) -> None:
-        if row.status == Status.STOPPING:
+        if self._service.live.get(row.id) is not None:
+            # It came to life here, maybe after our look at the rows: only its end would be news.
+            if phase is not Phase.RUNNING and row.status == Status.RUNNING:
+                await self._end(row, Reason.LOST if phase is None else Reason.RUNTIME_ERROR, "drop_dead")
+        elif row.status == Status.STOPPING:
             await self._end(row, Reason.USER, "finish_stop")
         elif row.status == Status.CREATING:
             await self._end(row, Reason.LOST, "drop_half_made")
         elif phase is not Phase.RUNNING:
             await self._end(row, Reason.LOST if phase is None else Reason.RUNTIME_ERROR, "drop_dead")
-        elif self._service.live.get(row.id) is None:
+        else:
             try:
                 await self._service.adopt(row)
             except SandboxdError as error:
@@ -193,6 +198,6 @@ class Gauges:
 
     async def tick(self) -> None:
         async with self._db.read() as session:
-            rows = await store.list_alive(session)
+            counts = await store.count_alive(session)
         for status in ALIVE:
-            self._metrics.sandboxes.labels(status).set(sum(1 for row in rows if row.status == status))
+            self._metrics.sandboxes.labels(status).set(counts.get(status, 0))

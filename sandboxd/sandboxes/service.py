@@ -82,6 +82,7 @@ class SandboxService:
         self._runtime = runtime
         self._images = images
         self._boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        self._starts = asyncio.Semaphore(settings.concurrent_starts)
         self._busy: dict[str, asyncio.Task[Sandbox]] = {}
         self.isolation = 0
         self.live = LiveSandboxes()
@@ -238,7 +239,8 @@ class SandboxService:
         structlog.contextvars.bind_contextvars(sandbox_id=row.id)
         started = time.perf_counter()
         try:
-            async with asyncio.timeout(self._settings.start_timeout_s):
+            # More at once would only make each slower; the wait for a turn does not count as its start.
+            async with self._starts, asyncio.timeout(self._settings.start_timeout_s):
                 handle = await self._runtime.create(self._spec(row))
                 self._observe_phase("runtime", started)
                 agent = self._agent(row.id)

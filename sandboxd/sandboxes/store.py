@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import update
+from sqlalchemy import func, update
 from sqlmodel import col, select
 from sqlmodel.ext.asyncio.session import AsyncSession
 
@@ -28,6 +28,13 @@ async def list_page(
 
 async def list_alive(session: AsyncSession) -> Sequence[Sandbox]:
     return (await session.exec(select(Sandbox).where(col(Sandbox.status).in_(ALIVE)))).all()
+
+
+async def count_alive(session: AsyncSession) -> dict[str, int]:
+    query = (
+        select(Sandbox.status, func.count()).where(col(Sandbox.status).in_(ALIVE)).group_by(Sandbox.status)
+    )
+    return dict((await session.exec(query)).all())
 
 
 async def taken_slots(session: AsyncSession) -> set[int]:

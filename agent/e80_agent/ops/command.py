@@ -54,26 +54,27 @@ def start(
 ) -> None:
     """Forks and executes `argv` as the tenant with `theirs` as descriptors 0, 1, 2, ..., which it closes.
 
-    The fork waits, at most for the exec of the program, so that a command that cannot be started is an
-    error of the request and not an odd exit code."""
+    A program that cannot be started shows when the fork has ended: nothing here waits for a process that
+    is already the tenant, for another one of the same uid could have stopped it."""
     failed_r, failed_w = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        _become_program(agent, run, argv, env, header["cwd"], theirs + [failed_w])
-    for fd in [*theirs, failed_w]:
-        os.close(fd)
-    with os.fdopen(failed_r, "rb") as failed:
-        fault = failed.read(256)
-    if fault:
+    try:
+        pid = os.fork()
+        if pid == 0:
+            _become_program(agent, run, argv, env, header["cwd"], [*theirs, failed_w])
+    except OSError:
         agent.execs.forget(run)
-        _answer_fault(connection, fault, argv, header["cwd"])
-        return
-    agent.loop.on_exit(
-        pid,
-        lambda _pid, status, usage: agent.execs.exited(
-            run, status, (usage.ru_utime + usage.ru_stime) * 1000, usage.ru_maxrss
-        ),
-    )
+        os.close(failed_r)
+        raise
+    finally:
+        for fd in [*theirs, failed_w]:
+            os.close(fd)
+
+    def exited(_pid: int, status: int, usage: Any) -> None:
+        run.fault = _start_fault(failed_r, argv, header["cwd"])
+        cpu_ms = (usage.ru_utime + usage.ru_stime) * 1000
+        agent.execs.exited(run, status, cpu_ms, usage.ru_maxrss)
+
+    agent.loop.on_exit(pid, exited)
     agent.execs.started(run, pid)
     connection.follow(run, 0, eager=bool(header.get("stream")))
 
@@ -105,13 +106,19 @@ def _become_program(
         os._exit(127)
 
 
-def _answer_fault(connection: Connection, fault: bytes, argv: List[str], cwd: str) -> None:
-    step, _, number = fault.partition(b" ")
+def _start_fault(failed_r: int, argv: List[str], cwd: str) -> Optional[Dict[str, str]]:
+    """What the child said before it became the program, if it did not get that far."""
+    os.set_blocking(failed_r, False)
+    try:
+        step, _, number = os.read(failed_r, 64).partition(b" ")
+    except BlockingIOError:
+        return None
+    finally:
+        os.close(failed_r)
+    if not step:
+        return None
     reason = os.strerror(int(number))
     if step == b"cwd":
-        connection.fail("cwd_not_found", "cwd %r: %s" % (cwd, reason))
-    elif step == b"exec":
-        code = _START_ERRORS.get(int(number), "start_failed")
-        connection.fail(code, "%r: %s" % (argv[0], reason))
-    else:
-        connection.fail("start_failed", "%r: %s" % (argv[0], reason))
+        return {"code": "cwd_not_found", "message": "cwd %r: %s" % (cwd, reason)}
+    code = _START_ERRORS.get(int(number), "start_failed") if step == b"exec" else "start_failed"
+    return {"code": code, "message": "%r: %s" % (argv[0], reason)}

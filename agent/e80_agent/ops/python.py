@@ -37,11 +37,18 @@ def run_python(agent: Agent, connection: Connection, header: Dict[str, Any], bod
         if run.finished:
             sock.close()  # it timed out before there was a child; without its socket the child ends
             return
-        theirs = agent.execs.open_pipes(run, with_error=True)
+        try:
+            theirs = agent.execs.open_pipes(run, with_error=True)
+        except OSError as error:
+            sock.close()
+            run.fault = {"code": "start_failed", "message": str(error.strerror)}
+            agent.execs.exited(run, 0, 0.0, 0)
+            return
 
         def exited(status: int, cpu_ms: float, grown_kb: int) -> None:
             run.fault = _start_fault(sock, header["cwd"])
             agent.execs.exited(run, status, cpu_ms, grown_kb)
+            agent.interpreters.run_ended(parent)
 
         parent.watch(pid, exited)
         agent.execs.started(run, pid)

@@ -11,5 +11,5 @@ if TYPE_CHECKING:
 
 def warm(agent: Agent, connection: Connection, _header: Dict[str, Any], _body: bytes) -> None:
     """Answers at once; `hello` tells when it is warm. The daemon asks when the machine has time for it."""
-    agent.interpreters.warm.start()
+    agent.interpreters.start_warm()
     connection.reply({"ok": True, "warm": agent.interpreters.warm.ready})

@@ -29,10 +29,12 @@ _READ_LIMIT = 1024 * 1024
 _PEER = struct.Struct("3i")
 
 PeerCheck = Callable[[int], bool]
+_Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class LinkStream:
-    """One proved connection; see kit.streams.Stream."""
+    """One use of a proved connection; see kit.streams.Stream. The next use gets an object of its own, so
+    that a late `release` or `close` of this one cannot reach it."""
 
     def __init__(self, link: "Link", reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
@@ -41,18 +43,14 @@ class LinkStream:
         self._open = True
 
     def release(self) -> None:
-        if self._open and not self._link.take_back(self):
-            self.close()
+        if self._open:
+            self._open = False
+            self._link.take_back(self.reader, self.writer)
 
     def close(self) -> None:
         if self._open:
             self._open = False
-            self._link.closed(self)
-            self.writer.close()
-
-    @property
-    def usable(self) -> bool:
-        return self._open and not self.reader.at_eof() and not self.writer.is_closing()
+            self._link.hang_up(self.writer)
 
 
 class Link:
@@ -66,8 +64,8 @@ class Link:
         self._key = b""
         self._server: asyncio.Server | None = None
         self._control: asyncio.StreamWriter | None = None
-        self._idle: deque[LinkStream] = deque()
-        self._streams: set[LinkStream] = set()
+        self._idle: deque[_Connection] = deque()
+        self._writers: set[asyncio.StreamWriter] = set()
         self._handshakes = 0
         self._waiting: deque[asyncio.Future[LinkStream]] = deque()
         self._asked = 0
@@ -96,8 +94,8 @@ class Link:
             self._server = None
         if self._control is not None:
             self._control.close()
-        for stream in list(self._streams):
-            stream.close()
+        for writer in list(self._writers):
+            self.hang_up(writer)
         self._closed = True
         for future in self._waiting:
             if not future.done():
@@ -109,10 +107,10 @@ class Link:
         if self._closed:
             raise self._unreachable("its link was closed")
         while self._idle:
-            stream = self._idle.pop()
-            if stream.usable:
-                return stream
-            stream.close()
+            reader, writer = self._idle.pop()
+            if _usable(reader, writer):
+                return LinkStream(self, reader, writer)
+            self.hang_up(writer)
         future: asyncio.Future[LinkStream] = asyncio.get_running_loop().create_future()
         self._waiting.append(future)
         self._ask()
@@ -125,22 +123,24 @@ class Link:
             if future in self._waiting:
                 self._waiting.remove(future)
 
-    def take_back(self, stream: LinkStream) -> bool:
-        """Hands the stream to who waits for one, or keeps it; False when it is of no more use."""
-        if not stream.usable:
-            return False
+    def take_back(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Hands the connection to who waits for one, or keeps it, or hangs up when there are enough."""
+        if not _usable(reader, writer):
+            self.hang_up(writer)
+            return
         while self._waiting:
             future = self._waiting.popleft()
             if not future.done():
-                future.set_result(stream)
-                return True
-        if len(self._idle) >= _MAX_IDLE:
-            return False
-        self._idle.append(stream)
-        return True
+                future.set_result(LinkStream(self, reader, writer))
+                return
+        if len(self._idle) < _MAX_IDLE:
+            self._idle.append((reader, writer))
+        else:
+            self.hang_up(writer)
 
-    def closed(self, stream: LinkStream) -> None:
-        self._streams.discard(stream)
+    def hang_up(self, writer: asyncio.StreamWriter) -> None:
+        self._writers.discard(writer)
+        writer.close()
 
     @property
     def connected(self) -> bool:
@@ -168,12 +168,11 @@ class Link:
             await self._serve_control(reader, writer)
             return
         self._asked = max(0, self._asked - 1)
-        stream = LinkStream(self, reader, writer)
-        self._streams.add(stream)
-        stream.release()
+        self._writers.add(writer)
+        self.take_back(reader, writer)
 
     async def _handshake(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
-        if self._handshakes + len(self._streams) >= protocol.MAX_CONNECTIONS:
+        if self._handshakes + len(self._writers) >= protocol.MAX_CONNECTIONS:
             raise protocol.ProtocolError("too many connections")
         self._handshakes += 1
         try:
@@ -212,6 +211,10 @@ class Link:
         writer.close()
         if self._control is writer:
             self._control = None
+
+
+def _usable(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+    return not reader.at_eof() and not writer.is_closing()
 
 
 def write_config(folder: Path, uid: int, max_processes: int) -> None:
