@@ -78,15 +78,14 @@ PYTHON
 }
 
 start_daemon() {
-  local version=$1 name settings=() deadline pid=""
-  while read -r name; do
-    settings+=("$name=${!name}")
-  done < <(compgen -e | grep '^SANDBOXD_')
+  local version=$1 deadline pid=""
   say "starting sandboxd (log: $DAEMON_LOG) ..."
   state_folder
   as_root rm -f "$STATE_DIR/sandboxd.pid" "$DAEMON_STAMP"
-  # Compiled modules go to the state folder: the checkout may belong to a user. Descriptor 9 is only_one's lock.
-  as_root env "${settings[@]}" PYTHONPYCACHEPREFIX="$STATE_DIR/pycache" setsid --fork sh -c \
+  # Compiled here, so that root leaves no files of its own in a user's checkout.
+  "$VENV/bin/python" -m compileall -q "$REPO/sandboxd" "$REPO/agent"
+  # Descriptor 9 is the lock of only_one.
+  sandboxd_as_root setsid --fork sh -c \
     'umask 022; cd /; exec </dev/null >>"$1" 2>&1 9>&-; echo $$ >"$2"; exec "$3" serve' \
     sandboxd "$DAEMON_LOG" "$STATE_DIR/sandboxd.pid" "$VENV/bin/sandboxd"
   deadline=$((SECONDS + 60))
@@ -100,6 +99,15 @@ start_daemon() {
   done
   echo "$version" | as_root tee "$DAEMON_STAMP" >/dev/null
   say "sandboxd is ready at $(base_url)"
+}
+
+# A command with root rights, this shell's settings of sandboxd (sudo drops them) and no marks in the checkout.
+sandboxd_as_root() {
+  local name settings=()
+  while read -r name; do
+    settings+=("$name=${!name}")
+  done < <(compgen -e | grep '^SANDBOXD_')
+  as_root env "${settings[@]}" PYTHONDONTWRITEBYTECODE=1 "$@"
 }
 
 # SIGTERM: running requests get their time, sandboxes are kept.
@@ -125,14 +133,10 @@ cli() {
 
 # A stored key that still works is kept.
 ensure_key() {
-  local key name settings=()
+  local key
   cli apikey list --json >/dev/null 2>&1 </dev/null && return
-  while read -r name; do
-    settings+=("$name=${!name}")
-  done < <(compgen -e | grep '^SANDBOXD_')
   say "creating a project and an API key, stored for the 8080 command ..."
-  key=$(as_root env "${settings[@]}" PYTHONPYCACHEPREFIX="$STATE_DIR/pycache" \
-    "$VENV/bin/sandboxd" create-key --name "scripts/up by ${SUDO_USER:-$(id -un)}" </dev/null) ||
+  key=$(sandboxd_as_root "$VENV/bin/sandboxd" create-key --name "scripts/up by ${SUDO_USER:-$(id -un)}" </dev/null) ||
     die "sandboxd create-key failed" "Its own words are above."
   cli apikey set - <<<"$key" >&2
 }

@@ -36,8 +36,8 @@ def main() -> None:
         sandbox = timed("create a sandbox", lambda: client.sandboxes.create(timeout_s=300))
         try:
             timed("write visitors.csv into it", lambda: sandbox.write_file("visitors.csv", CSV))
-            timed("print(6 * 7) in it", lambda: sandbox.run_python("print(6 * 7)"))
-            result = timed("run a pandas program in it", lambda: sandbox.run_python(PROGRAM))
+            timed("print(6 * 7) in it", lambda: sandbox.run_python("print(6 * 7)", timeout_s=30))
+            result = timed("run a pandas program in it", lambda: sandbox.run_python(PROGRAM, timeout_s=60))
         finally:
             timed("stop it", sandbox.stop)
     if result.status != "completed":
