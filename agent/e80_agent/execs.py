@@ -45,6 +45,9 @@ class Exec:
         self.output_limit: int = header["output_limit"]
         self.spool_limit: int = header.get("spool_limit", 0)
         self.log = bytearray()
+        self.sent = 0  # up to here somebody has been sent the log, and it must not change
+        self._last = 0
+        self._last_kind = 0
         self.followers: List[Follower] = []
         self.finished = False
         self.pid: Optional[int] = None
@@ -66,7 +69,15 @@ class Exec:
         self.ending = False
 
     def append(self, kind: int, payload: bytes) -> None:
-        self.log += protocol.pack_record(kind, payload)
+        """Adds a record, or to the last one while nobody was sent any of it: a flood of tiny writes must
+        not become a flood of records."""
+        size = len(self.log) - self._last - protocol.RECORD.size + len(payload)
+        if kind == self._last_kind and self.sent <= self._last and size <= _READ_SIZE:
+            self.log += payload
+            protocol.RECORD.pack_into(self.log, self._last, kind, size)
+        else:
+            self._last, self._last_kind = len(self.log), kind
+            self.log += protocol.pack_record(kind, payload)
         for follower in list(self.followers):
             follower.log_grew()
 

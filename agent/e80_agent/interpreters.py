@@ -71,7 +71,13 @@ class Interpreter:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         with theirs:
-            self.pid = os.fork()
+            try:
+                self.pid = os.fork()
+            except OSError:
+                # No room for a process, which tenant code can bring about; it cannot last.
+                ours.close()
+                self._loop.call_later(_RESTART_DELAY_S, self.start)
+                return
             if self.pid == 0:
                 self._exec(theirs)
         self._sock = ours
@@ -178,7 +184,10 @@ class Interpreter:
             sock.close()
         self._spares.clear()
         for pid, callback in self._on_exit.items():
-            self._loop.on_exit(pid, _adopted(callback))
+            if _is_child(pid):
+                self._loop.on_exit(pid, _adopted(callback))
+            else:
+                callback(signal.SIGKILL, 0.0, 0)  # reaped as an orphan, before we knew whose it was
         self._on_exit.clear()
         if self._stopped:
             return
@@ -247,6 +256,14 @@ class Interpreters:
 def needs_fresh(env: Dict[str, str]) -> bool:
     """Whether variables given for one run are such as only a new interpreter would notice."""
     return any(key.startswith(_READ_AT_IMPORT) for key in env)
+
+
+def _is_child(pid: int) -> bool:
+    try:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
 
 
 def _adopted(callback: OnExit) -> Callable[[int, int, Any], None]:

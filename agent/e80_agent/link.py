@@ -160,6 +160,7 @@ class Connection:
                 chunk = run.log[self._offset : self._offset + _SEND_SIZE]
                 self._output += chunk
                 self._offset += len(chunk)
+                run.sent = max(run.sent, self._offset)
             if not self._output:
                 break
             try:

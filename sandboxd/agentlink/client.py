@@ -5,7 +5,6 @@ A stream of records survives the loss of its connection: it is taken up again, b
 
 import asyncio
 import json
-import math
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +21,11 @@ MAX_LOSSES = 5
 # The agent ends an exec at its deadline; one that is this late has an agent that does not work any more.
 OVERTIME_S = 30.0
 WRITE_CHUNK = 256 * 1024
+# What a log may hold beyond its output: the records' heads, the tenant's exception, the outcome.
+LOG_EXTRA = 1024 * 1024
+MAX_LOG = 32 * 1024 * 1024
+# So many records in a row are taken from the buffer before anybody else has a turn.
+_TURN = 64
 
 _NUMBER = (int, float)
 
@@ -141,23 +145,31 @@ class Agent:
             header["argv"] = list(request.argv)
         header["body"] = len(body)
         limit_s = None if request.timeout_s is None else request.timeout_s + OVERTIME_S
-        async for event in self._follow(request.id, 0, header, body, limit_s):
+        max_log = request.output_limit + LOG_EXTRA
+        async for event in self._follow(request.id, 0, header, body, limit_s, max_log):
             yield event
 
     async def attach(self, exec_id: str, offset: int = 0) -> AsyncIterator[Event]:
         """The exec's events from an offset of its log on; for execs that an earlier daemon started."""
-        async for event in self._follow(exec_id, offset, _attach_header(exec_id, offset), b"", None):
+        header = _attach_header(exec_id, offset)
+        async for event in self._follow(exec_id, offset, header, b"", None, MAX_LOG):
             yield event
 
     async def _follow(
-        self, exec_id: str, offset: int, header: dict[str, Any], body: bytes, limit_s: float | None
+        self,
+        exec_id: str,
+        offset: int,
+        header: dict[str, Any],
+        body: bytes,
+        limit_s: float | None,
+        max_log: int,
     ) -> AsyncIterator[Event]:
         deadline = None if limit_s is None else asyncio.get_running_loop().time() + limit_s
         stream = await self._dial(CALL_TIMEOUT_S)
         losses = 0
         while True:
             try:
-                async for event, size in _read_log(stream, header, body, deadline):
+                async for event, size in _read_log(stream, header, body, deadline, max_log - offset):
                     offset += size
                     losses = 0
                     yield event
@@ -202,7 +214,11 @@ class Agent:
         except BaseException:
             stream.close()
             raise
-        return _integer(reply, "size"), _file_chunks(stream)
+        try:
+            return _count(reply, "size"), _file_chunks(stream)
+        except LinkBrokenError:
+            stream.close()
+            raise
 
     async def write_file(self, path: str, chunks: AsyncIterable[bytes]) -> tuple[int, bool]:
         """Writes the file in one step at the end; returns its size and whether it is new."""
@@ -225,7 +241,7 @@ class Agent:
         if reply is None:
             raise LinkBrokenError("the agent hung up before the file was written")
         reply = _check(reply)
-        return _integer(reply, "size"), reply.get("created") is True
+        return _count(reply, "size"), reply.get("created") is True
 
     async def _call(self, header: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         stream = await self._dial(timeout_s)
@@ -250,7 +266,11 @@ def _attach_header(exec_id: str, offset: int) -> dict[str, Any]:
 
 
 def _send(stream: Stream, header: dict[str, Any], body: bytes) -> None:
-    stream.writer.write(protocol.pack_header(header) + body)
+    try:
+        head = protocol.pack_header(header)
+    except protocol.ProtocolError as error:
+        raise AgentRefusedError("bad_request", f"arguments and variables are too large: {error}") from error
+    stream.writer.write(head + body)
 
 
 async def _read_answer(stream: Stream) -> dict[str, Any] | None:
@@ -269,11 +289,14 @@ async def _send_chunks(stream: Stream, chunks: AsyncIterable[bytes], answer: asy
                 stream.writer.write(
                     protocol.pack_record(protocol.RECORD_DATA, chunk[start : start + WRITE_CHUNK])
                 )
-                await stream.writer.drain()
+                # Waits for the agent only, not for the client: that one may be as slow as it likes.
+                async with asyncio.timeout(CALL_TIMEOUT_S):
+                    await stream.writer.drain()
             if answer.done():
                 return
         stream.writer.write(protocol.pack_record(protocol.RECORD_END, b""))
-        await stream.writer.drain()
+        async with asyncio.timeout(CALL_TIMEOUT_S):
+            await stream.writer.drain()
     except ConnectionError:
         # The agent hung up: its last word, if there is one, says why.
         return
@@ -314,10 +337,12 @@ def _event(kind: int, payload: bytes) -> Event:
 
 
 async def _read_log(
-    stream: Stream, header: dict[str, Any], body: bytes, deadline: float | None
+    stream: Stream, header: dict[str, Any], body: bytes, deadline: float | None, room: int
 ) -> AsyncIterator[tuple[Event, int]]:
-    """Sends the request and yields the exec's events with their sizes in the log, up to its Outcome."""
+    """Sends the request and yields the exec's events with their sizes in the log, up to its Outcome; no
+    more than `room` bytes of them, whatever the agent sends."""
     between_requests = False
+    turn = _TURN
     try:
         async with asyncio.timeout_at(deadline):
             _send(stream, header, body)
@@ -327,6 +352,14 @@ async def _read_log(
         while True:
             async with asyncio.timeout_at(deadline):
                 kind, payload = await _read_record(stream)
+            room -= protocol.RECORD.size + len(payload)
+            if room < 0:
+                raise LinkBrokenError("the agent sent more output than it was asked for")
+            turn -= 1
+            if not turn:
+                # Records that have arrived already are read without a pause, and tiny ones are many.
+                turn = _TURN
+                await asyncio.sleep(0)
             between_requests = kind == protocol.RECORD_END
             event = _event(kind, payload)
             if between_requests:
@@ -393,7 +426,7 @@ def _outcome(payload: bytes) -> Outcome:
         spool=None if end.get("spool") is None else _text(end["spool"], 500),
         duration_ms=_number(end, "duration_ms"),
         cpu_ms=_number(end, "cpu_ms"),
-        max_rss_kb=_integer(end, "max_rss_kb"),
+        max_rss_kb=_count(end, "max_rss_kb"),
     )
 
 
@@ -404,9 +437,17 @@ def _integer(fact: dict[str, Any], name: str) -> int:
     return value
 
 
+def _count(fact: dict[str, Any], name: str) -> int:
+    value = _integer(fact, name)
+    if value < 0:
+        raise LinkBrokenError(f"the agent sent a negative number as {name}")
+    return value
+
+
 def _number(fact: dict[str, Any], name: str) -> float:
+    """A duration or an amount: finite, and of a size that can be added up."""
     value = fact.get(name)
-    if not isinstance(value, _NUMBER) or isinstance(value, bool) or not math.isfinite(value):
+    if not isinstance(value, _NUMBER) or isinstance(value, bool) or not 0 <= value < 2**53:
         raise LinkBrokenError(f"the agent sent no number as {name}")
     return float(value)
 

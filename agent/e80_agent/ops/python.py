@@ -34,7 +34,7 @@ def run_python(agent: Agent, connection: Connection, header: Dict[str, Any], bod
     connection.follow(run, 0, eager=bool(header.get("stream")))
 
     def forked(pid: int, sock: socket.socket) -> None:
-        if run.finished:
+        if run.ending or run.finished:
             sock.close()  # it timed out before there was a child; without its socket the child ends
             return
         try:
