@@ -52,9 +52,6 @@ class Metrics:
             buckets=EXEC_BUCKETS,
             registry=self.registry,
         )
-        self.agent_reconnects = Counter(
-            "sandboxd_agent_reconnects", "Agents that dialled in again.", registry=self.registry
-        )
         self.reaper_actions = Counter(
             "sandboxd_reaper_actions",
             "What the reaper and the reconciler did, by action.",

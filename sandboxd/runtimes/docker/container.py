@@ -19,8 +19,19 @@ LINK_TARGET = "/run/e80"
 # Root without rights, but for those a PID 1 needs to become the tenant and to end what the tenant started.
 CAPABILITIES = ["SETUID", "SETGID", "KILL"]
 
-# The agent's own processes come on top of what tenant code may start.
-AGENT_PROCESSES = 32
+# On top of what tenant code may start: the agent, its parents, a main process for each exec (those are made
+# by us, whatever the tenant's own limit says) and a helper for each file that is read or written.
+AGENT_PROCESSES = 160
+
+# What the kernel keeps outside of every other limit, or keeps after the process that made it has ended.
+_SYSCTLS = {
+    "kernel.shm_rmid_forced": "1",
+    "kernel.shmall": "16384",
+    "kernel.msgmni": "64",
+    "kernel.sem": "250 4000 100 128",
+}
+_SOCKET_MEMORY = 64 * 1024 * 1024
+_MAX_SHM_MB = 64
 
 _BOOT = f"""
 import sys
@@ -33,18 +44,31 @@ main({LINK_TARGET!r})
 _MASKED = [
     "/proc/acpi",
     "/proc/asound",
+    "/proc/cmdline",
     "/proc/config.gz",
+    "/proc/diskstats",
     "/proc/interrupts",
     "/proc/kallsyms",
     "/proc/kcore",
     "/proc/keys",
     "/proc/latency_stats",
     "/proc/modules",
+    "/proc/partitions",
+    "/proc/pressure",
     "/proc/sched_debug",
     "/proc/scsi",
     "/proc/timer_list",
     "/proc/timer_stats",
     "/sys/firmware",
+    # Names of the host's disks, and of the neighbours' workspaces: /sys/block/loop*/loop/backing_file.
+    "/sys/block",
+    "/sys/class/bdi",
+    "/sys/class/block",
+    "/sys/dev/block",
+    "/sys/devices/virtual/bdi",
+    "/sys/devices/virtual/block",
+    "/sys/fs/ext4",
+    "/sys/kernel/slab",
 ]
 _READ_ONLY = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]
 
@@ -84,13 +108,22 @@ def container_config(
             "NanoCpus": int(spec.cpus * 1e9),
             "Memory": spec.memory_mb * 1024 * 1024,
             "MemorySwap": spec.memory_mb * 1024 * 1024,
+            # Buffers of network sockets, which cgroup v1 does not count as memory; v2 does.
+            "KernelMemoryTCP": _SOCKET_MEMORY,
+            # When the host is out of memory, anything in a sandbox goes before any process of the host's.
+            "OomScoreAdj": 500,
             "PidsLimit": spec.max_processes + AGENT_PROCESSES,
             "Ulimits": [
                 {"Name": "nofile", "Soft": 4096, "Hard": 4096},
                 {"Name": "core", "Soft": 0, "Hard": 0},
             ],
             # Without a limit of their own, files here would cost host memory outside the workspace's quota.
-            "Tmpfs": {"/dev/shm": "rw,nosuid,nodev,noexec,mode=1777,size=64m,nr_inodes=4096"},
+            "Tmpfs": {
+                "/dev/shm": "rw,nosuid,nodev,noexec,mode=1777,nr_inodes=4096,"
+                f"size={min(_MAX_SHM_MB, spec.memory_mb // 4)}m"
+            },
+            # gVisor has its own kernel and no use for them.
+            "Sysctls": _SYSCTLS if spec.runtime == "runc" else {},
             "Mounts": [
                 _bind(agent_dir, AGENT_TARGET, read_only=True),
                 _bind(link_dir, LINK_TARGET, read_only=True),

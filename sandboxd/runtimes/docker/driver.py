@@ -90,9 +90,10 @@ class DockerRuntime:
                 )
         self._workspaces.prepare(spec.id, spec.uid)
         folder = self._write_link_folder(spec)
-        link = Link(spec.id, folder, None)
-        self._links[spec.id] = link
-        await link.open()
+        link = self._links.get(spec.id)
+        if link is None:
+            link = self._links[spec.id] = Link(spec.id, folder, None)
+            await link.open()
         config = container.container_config(
             spec,
             owner=self._owner,

@@ -24,6 +24,7 @@ from sandboxd.runtimes.errors import AgentUnreachableError
 log = structlog.get_logger(__name__)
 
 _HANDSHAKE_S = 5.0
+_CLOSE_S = 1.0
 _MAX_IDLE = 8
 _READ_LIMIT = 1024 * 1024
 _PEER = struct.Struct("3i")
@@ -60,13 +61,11 @@ class Link:
         self.sandbox_id = sandbox_id
         self.folder = folder
         self.peer_check = peer_check
-        self.reconnects = -1
         self._key = b""
         self._server: asyncio.Server | None = None
         self._control: asyncio.StreamWriter | None = None
         self._idle: deque[_Connection] = deque()
         self._writers: set[asyncio.StreamWriter] = set()
-        self._handshakes = 0
         self._waiting: deque[asyncio.Future[LinkStream]] = deque()
         self._asked = 0
         self._closed = False
@@ -94,13 +93,17 @@ class Link:
             self._server = None
         if self._control is not None:
             self._control.close()
-        for writer in list(self._writers):
+        writers = list(self._writers)
+        for writer in writers:
             self.hang_up(writer)
         self._closed = True
         for future in self._waiting:
             if not future.done():
                 future.set_exception(self._unreachable("its link was closed"))
         self._waiting.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSE_S):
+                await asyncio.gather(*(writer.wait_closed() for writer in writers), return_exceptions=True)
 
     async def dial(self, timeout_s: float) -> LinkStream:
         """A connection that waits, or the next that the agent makes. Raises AgentUnreachableError."""
@@ -158,31 +161,30 @@ class Link:
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         # A border: whatever the peer does, it costs this connection and nothing else.
+        if self._closed:
+            writer.close()
+            return
+        self._writers.add(writer)
         try:
             role = await self._handshake(reader, writer)
         except (OSError, TimeoutError, asyncio.IncompleteReadError, protocol.ProtocolError) as error:
             log.warning("link.refused", sandbox_id=self.sandbox_id, reason=str(error) or type(error).__name__)
-            writer.close()
+            self.hang_up(writer)
             return
         if role == protocol.ROLE_CONTROL:
             await self._serve_control(reader, writer)
             return
         self._asked = max(0, self._asked - 1)
-        self._writers.add(writer)
         self.take_back(reader, writer)
 
     async def _handshake(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
-        if self._handshakes + len(self._writers) >= protocol.MAX_CONNECTIONS:
+        if len(self._writers) > protocol.MAX_CONNECTIONS:
             raise protocol.ProtocolError("too many connections")
-        self._handshakes += 1
-        try:
-            self._check_peer(writer)
-            nonce = secrets.token_bytes(protocol.NONCE_SIZE)
-            writer.write(nonce)
-            async with asyncio.timeout(_HANDSHAKE_S):
-                answer = await reader.readexactly(protocol.PROOF_SIZE)
-        finally:
-            self._handshakes -= 1
+        self._check_peer(writer)
+        nonce = secrets.token_bytes(protocol.NONCE_SIZE)
+        writer.write(nonce)
+        async with asyncio.timeout(_HANDSHAKE_S):
+            answer = await reader.readexactly(protocol.PROOF_SIZE)
         role = answer[:1]
         if role not in (protocol.ROLE_CONTROL, protocol.ROLE_STREAM):
             raise protocol.ProtocolError("unknown role")
@@ -203,12 +205,11 @@ class Link:
             self._control.close()
         self._control = writer
         self._asked = 0
-        self.reconnects += 1
         self._ask()
         with contextlib.suppress(OSError):
             # The agent sends nothing here: anything read, and the end, ends the connection.
             await reader.read(1)
-        writer.close()
+        self.hang_up(writer)
         if self._control is writer:
             self._control = None
 

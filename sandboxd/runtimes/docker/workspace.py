@@ -20,7 +20,8 @@ _MKFS_EXTENDED = "lazy_itable_init=1,nodiscard,root_owner=0:0"
 # A small disk must not be filled by its own inode tables.
 _INODES_PER_MB = 64
 _MIN_INODES = 1024
-_FOLDERS = {"home": 0o755, "tmp": 0o1777}
+# Name: mode, and whether the tenant owns it. Not /tmp: its owner may rename what is root's in there.
+_FOLDERS = {"home": (0o755, True), "tmp": (0o1777, False)}
 _MOUNT_OPTIONS = "loop,nosuid,nodev,noatime,noinit_itable"
 
 
@@ -39,10 +40,11 @@ class Workspaces:
     def prepare(self, sandbox_id: str, uid: int) -> None:
         """The two folders as they will be in the workspace, which is made from them. They also stand in for
         it until it is mounted: the engine wants to see the paths it is told about, at any moment."""
-        for name, mode in _FOLDERS.items():
+        for name, (mode, is_tenants) in _FOLDERS.items():
             folder = self.mount_point(sandbox_id) / name
             folder.mkdir(parents=True, exist_ok=True)
-            os.chown(folder, uid, uid)
+            owner = uid if is_tenants else 0
+            os.chown(folder, owner, owner)
             folder.chmod(mode)
 
     async def create(self, sandbox_id: str, size_mb: int, max_files: int) -> None:
