@@ -37,6 +37,7 @@ def main(preload: List[str]) -> None:
     """Serves forks until the agent goes away."""
     control = socket.socket(fileno=CONTROL_FD)
     _preload(preload)
+    runner.prepare()
     threads = len(os.listdir("/proc/self/task"))
     if threads != 1:
         # A fork copies only the calling thread; locks that the others hold would stay locked for ever.

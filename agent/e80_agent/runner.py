@@ -8,14 +8,13 @@ from __future__ import annotations
 import atexit
 import json
 import linecache
+import marshal
 import os
-import random
 import signal
 import site
 import socket
 import struct
 import sys
-import threading
 import traceback
 import types
 from typing import Any, Dict, List, NoReturn
@@ -42,22 +41,34 @@ REQUEST = struct.Struct(">II")
 
 
 def pack_request(header: Dict[str, Any], code: bytes) -> bytes:
-    data = json.dumps(header).encode("utf-8", "surrogatepass")
+    # Not JSON: agent and child are the same Python, and each page that a parser written in Python touches
+    # is a page for the child to copy.
+    data = marshal.dumps(header)
     return REQUEST.pack(len(data), len(code)) + data + code
 
 
+def prepare() -> None:
+    """In the parent, once: what a new interpreter has in place and a fork can inherit as it is."""
+    sys.path.insert(0, "")
+    sys.dont_write_bytecode = False
+    sys.argv = ["-c"]
+    _open_standard_streams()
+
+
 def child(sock: socket.socket) -> None:
-    """Waits for a request from the agent, then runs it and ends the process."""
+    """Waits for a request from the agent, then runs it and ends the process. Does ahead of it what can be."""
+    os.setsid()
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.umask(0o022)
+    tenant.offer_to_oom_killer()
     prefix, fds = receive_fds(sock, REQUEST.size, 4)
     if len(prefix) < REQUEST.size:
         os._exit(0)
     header_size, code_size = REQUEST.unpack(prefix)
-    header = json.loads(_read(sock, header_size))
+    header = marshal.loads(_read(sock, header_size))
     code = _read(sock, code_size)
-    os.setsid()
-    tenant.default_signals()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     tenant.keep_only([*fds, sock.detach()])
     try:
         _become_tenant(header)
@@ -83,7 +94,9 @@ def run(code: bytes) -> NoReturn:
     os.set_inheritable(ERROR_FD, False)
     status = _execute(code)
     try:
-        threading._shutdown()  # type: ignore[attr-defined]  # waits for non-daemon threads, as at exit
+        threading = sys.modules.get("threading")
+        if threading is not None:
+            threading._shutdown()  # waits for non-daemon threads, as at exit
         atexit._run_exitfuncs()
         sys.stdout.flush()
     except BaseException:
@@ -98,12 +111,10 @@ def run(code: bytes) -> NoReturn:
 
 
 def _become_tenant(header: Dict[str, Any]) -> None:
-    tenant.offer_to_oom_killer()
     tenant.become(header["uid"], header["gid"], header["tag"], header["max_processes"])
     if _LIBC is not None:
         # A change of uid makes /proc/self root's, and then a program that opens /dev/stdout is refused.
         _LIBC.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)
-    os.umask(0o022)
 
 
 def _set_up_python(header: Dict[str, Any]) -> None:
@@ -116,25 +127,30 @@ def _set_up_python(header: Dict[str, Any]) -> None:
     )
     if os.path.isdir(user_site):
         site.addsitedir(user_site)
-    sys.path.insert(0, "")
-    sys.dont_write_bytecode = False
-    sys.argv = ["-c"]
     # A fork repeats its parent's random state; `random` reseeds itself, numpy's global state does not.
-    random.seed()
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         numpy.random.seed()
-    _open_standard_streams()
 
 
 def _open_standard_streams() -> None:
+    """Python's streams on descriptors that will be others in each child, as a rule pipes: opened on pipes,
+    because a stream asks once whether its descriptor can seek."""
     encoding = os.environ.get("PYTHONIOENCODING", "utf-8").partition(":")[0] or "utf-8"
+    kept = [(fd, os.dup(fd)) for fd in (0, 1, 2)]
+    for fd, end in zip((0, 1), os.pipe()):
+        os.dup2(end, fd)
+        os.close(end)
+    os.dup2(1, 2)
     sys.stdin = sys.__stdin__ = open(0, encoding=encoding, errors="surrogateescape", closefd=False)  # type: ignore[misc]
     sys.stdout = sys.__stdout__ = open(1, "w", encoding=encoding, errors="surrogateescape", closefd=False)  # type: ignore[misc]
     sys.stderr = sys.__stderr__ = open(2, "w", encoding=encoding, errors="backslashreplace", closefd=False)  # type: ignore[misc]
     # Line by line, as on a terminal: whoever follows the run sees each print when it happens.
     sys.stdout.reconfigure(line_buffering=True)
     sys.stderr.reconfigure(line_buffering=True)
+    for fd, original in kept:
+        os.dup2(original, fd)
+        os.close(original)
 
 
 def _execute(code: bytes) -> int:

@@ -70,8 +70,11 @@ def act_as(uid: int, gid: int) -> None:
 def offer_to_oom_killer() -> None:
     """Makes this process, not the agent, the first choice when the sandbox is out of memory."""
     try:
-        with open("/proc/self/oom_score_adj", "w") as file:
-            file.write("1000")
+        fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY)
+        try:
+            os.write(fd, b"1000")
+        finally:
+            os.close(fd)
     except OSError:
         # gVisor accepts no such write; there the kernel ends the whole sandbox and the daemon reports it.
         return
