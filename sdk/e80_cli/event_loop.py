@@ -1,10 +1,13 @@
-"""The event loop of a command. Loaded only by commands that talk to a server; holds all that needs
-asyncio."""
+"""The event loop of a command, and its signals. Loaded only by commands that talk to a server."""
 
 from __future__ import annotations
 
 import asyncio
 import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from e80_sdk.client import AsyncEighty80
@@ -16,30 +19,58 @@ if TYPE_CHECKING:
 
 # A person waits: a server that is down is reported within a second.
 MAX_RETRIES = 2
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class _Interrupts:
+    """Ctrl-C, SIGTERM and SIGHUP: the first cancels the work, which then cleans up; the third gives up.
+
+    asyncio's own handling would let the second cancel the cleaning up, and leave a sandbox behind.
+    """
+
+    def __init__(self) -> None:
+        self.first: int | None = None
+        self._count = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._task: asyncio.Task[int] | None = None
+
+    def protect(self, loop: asyncio.AbstractEventLoop, task: asyncio.Task[int]) -> None:
+        """From here on a signal cancels this task."""
+        self._loop, self._task = loop, task
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        before = [(number, signal.signal(number, self._received)) for number in SIGNALS]
+        try:
+            yield
+        finally:
+            for number, handler in before:
+                signal.signal(number, handler)
+
+    def _received(self, number: int, _frame: FrameType | None) -> None:
+        self._count += 1
+        self.first = self.first or number
+        if self._loop is None or self._task is None or self._count > 2:
+            raise KeyboardInterrupt
+        if self._count == 1:
+            self._loop.call_soon_threadsafe(self._task.cancel)
+        else:
+            sys.stderr.write("8080: still cleaning up; once more to leave it undone\n")
 
 
 def drive(work: Work, login: Login) -> int:
-    """Run the work on a loop. Ctrl-C, SIGTERM and SIGHUP cancel it, let it clean up, and give 128 +
-    signal."""
-    received: list[int] = []
-    try:
-        return asyncio.run(_main(work, login, received))
-    except asyncio.CancelledError:
-        return 128 + received[0] if received else INTERRUPTED
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    """Run the work on a loop; a signal ends it and gives 128 + signal."""
+    interrupts = _Interrupts()
+    with interrupts.installed():
+        try:
+            return asyncio.run(_main(work, login, interrupts))
+        except (asyncio.CancelledError, KeyboardInterrupt):
+            return 128 + interrupts.first if interrupts.first else INTERRUPTED
 
 
-async def _main(work: Work, login: Login, received: list[int]) -> int:
-    task = asyncio.current_task()
+async def _main(work: Work, login: Login, interrupts: _Interrupts) -> int:
+    task: asyncio.Task[int] | None = asyncio.current_task()
     assert task is not None
-
-    def end(number: int) -> None:
-        received.append(number)
-        task.cancel()
-
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        loop.add_signal_handler(number, end, int(number))
+    interrupts.protect(asyncio.get_running_loop(), task)
     async with AsyncEighty80(login.api_key, login.base_url, max_retries=MAX_RETRIES) as client:
         return await work(client)

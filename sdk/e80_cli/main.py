@@ -13,7 +13,7 @@ from e80_cli.commands import apikey, sandbox
 from e80_cli.commands.doctor import doctor
 from e80_cli.commands.env import env
 from e80_cli.exits import CANCELLED, FAILED, OK, USAGE
-from e80_cli.session import Login
+from e80_cli.session import Login, show_help
 
 # Help is plain text: rich's would double the start-up time, and examples can be copied from plain text.
 app = typer.Typer(
@@ -51,8 +51,7 @@ def root(
 
         sys.stdout.write(f"8080 {version('e80')}\n")
         raise typer.Exit(OK)
-    if context.invoked_subcommand is None:
-        sys.stdout.write(f"{context.get_help()}\n")
+    show_help(context)
     return OK
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -30,6 +31,12 @@ def login_of(context: typer.Context) -> Login:
     """The options before the command."""
     found = context.find_object(Login)
     return found or Login()
+
+
+def show_help(context: typer.Context) -> None:
+    """The callback of a group: its name alone asks for its help."""
+    if context.invoked_subcommand is None:
+        sys.stdout.write(f"{context.get_help()}\n")
 
 
 def run(context: typer.Context, output: Output, work: Work, *, platform_failed: int = FAILED) -> int:

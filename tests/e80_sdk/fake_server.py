@@ -213,6 +213,8 @@ def _add_work(app: FastAPI, fake: FakeServer) -> None:
 
     @app.put("/v1/sandboxes/{sandbox_id}/files", status_code=201)
     async def put(sandbox_id: str, path: str, request: Request) -> Any:
+        if sandbox_id not in fake.sandboxes:
+            return _error(404, "not_found", f"no sandbox {sandbox_id!r}")
         target = fake.file(sandbox_id, path)
         if target.is_dir():
             return _error(400, "is_a_directory", f"{path!r} is a directory")

@@ -12,12 +12,17 @@ from e80_sdk.errors import E80Error
 
 from e80_cli.exits import CANCELLED, OK, USAGE, exit_code_of
 from e80_cli.output import Output
-from e80_cli.session import login_of, run
+from e80_cli.session import login_of, run, show_help
 
 if TYPE_CHECKING:
     from e80_sdk.client import AsyncEighty80
 
-group = typer.Typer(help="Create, list and revoke API keys; store the one to use.", rich_markup_mode=None)
+group = typer.Typer(
+    help="Create, list and revoke API keys; store the one to use.",
+    rich_markup_mode=None,
+    invoke_without_command=True,
+    callback=show_help,
+)
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON: one object a line.")]
 
 

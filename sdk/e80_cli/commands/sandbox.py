@@ -15,7 +15,7 @@ from e80_cli.execution import follow
 from e80_cli.exits import FAILED, OK, PLATFORM_FAILED, exit_code_of
 from e80_cli.output import Output
 from e80_cli.script import Script
-from e80_cli.session import run
+from e80_cli.session import run, show_help
 from e80_cli.words import pairs, seconds, text_of, variables
 
 if TYPE_CHECKING:
@@ -25,7 +25,12 @@ if TYPE_CHECKING:
 RUN_GRACE_S = 60
 """How much longer than its program a sandbox of `run` may live, should nobody be left to stop it."""
 
-group = typer.Typer(help="Create sandboxes, run programs in them, copy files.", rich_markup_mode=None)
+group = typer.Typer(
+    help="Create sandboxes, run programs in them, copy files.",
+    rich_markup_mode=None,
+    invoke_without_command=True,
+    callback=show_help,
+)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 SandboxId = Annotated[str, typer.Argument(help="Id of a sandbox.", metavar="ID")]
