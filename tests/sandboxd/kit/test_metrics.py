@@ -19,7 +19,6 @@ def test_all_families_are_rendered():
         "sandboxd_sandbox_create_duration_seconds",
         "sandboxd_execs_total",
         "sandboxd_exec_duration_seconds",
-        "sandboxd_agent_reconnects_total",
         "sandboxd_reaper_actions_total",
         "process_open_fds",
     ):
