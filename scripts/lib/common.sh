@@ -30,6 +30,16 @@ as_root() {
   fi
 }
 
+# apt-get with its chatter in a log, which is shown when it fails.
+apt_get() {
+  mkdir -p "$REPO/build"
+  # RUNLEVEL=1 keeps a package's own start script from starting its daemon where systemd does not run.
+  as_root env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get -qq -y --no-install-recommends \
+    -o DPkg::Lock::Timeout=120 -o Dpkg::Use-Pty=0 "$@" </dev/null >"$REPO/build/apt.log" 2>&1 && return
+  tail -n 15 "$REPO/build/apt.log" >&2
+  return 1
+}
+
 APT_UPDATED=
 apt_update() {
   command -v apt-get >/dev/null ||
@@ -37,17 +47,14 @@ apt_update() {
       "Install by hand: a Docker Engine, mmdebstrap, e2fsprogs and Python 3.11 or newer with venv."
   [[ -z $APT_UPDATED ]] || return 0
   say "apt-get update ..."
-  as_root apt-get update -qq -o DPkg::Lock::Timeout=120 >&2 || warn "apt-get update failed; trying with the lists at hand"
+  apt_get update || warn "apt-get update failed; going on with the package lists at hand"
   APT_UPDATED=1
 }
 
 apt_install() {
   apt_update
   say "installing Debian packages: $*"
-  # RUNLEVEL=1 keeps a package's own start script from starting its daemon where systemd does not run.
-  as_root env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -qq -y --no-install-recommends \
-    -o DPkg::Lock::Timeout=120 -o Dpkg::Use-Pty=0 "$@" </dev/null >&2 ||
-    die "apt-get could not install: $*" "Its own words are above."
+  apt_get install "$@" || die "apt-get could not install: $*" "Its own words are above."
 }
 
 # need_command COMMAND PACKAGE: installs the package when the command is not there.
