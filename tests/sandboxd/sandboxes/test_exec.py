@@ -1,0 +1,84 @@
+"""What an exec tells its client: text decoded across cuts, names of signals, refusals as results."""
+
+import base64
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sandboxd.agentlink.client import Failure, Outcome, Output
+from sandboxd.agentlink.errors import AgentRefusedError
+from sandboxd.kit.errors import BadRequestError
+from sandboxd.sandboxes.errors import BusyError
+from sandboxd.sandboxes.exec import _Decoder, _refused, _Run
+
+
+def outcome(reason: str = "exit", exit_code: int | None = 0, number: int | None = None) -> Outcome:
+    return Outcome(reason, exit_code, number, False, None, 1.5, 0.5, 2048)
+
+
+@given(st.binary(max_size=60), st.lists(st.integers(0, 60), max_size=6))
+def test_the_stream_is_the_same_bytes_however_it_was_cut(data: bytes, cuts: list[int]) -> None:
+    decoder = _Decoder("exec.stdout.delta")
+    edges = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
+    events = [event for start, end in itertools.pairwise(edges) for event in decoder.feed(data[start:end])]
+    events += decoder.end()
+    back = b"".join(
+        base64.b64decode(fields["delta"]) if "encoding" in fields else fields["delta"].encode()
+        for _, fields in events
+    )
+    assert back == data
+
+
+@given(st.text(max_size=40), st.lists(st.integers(0, 160), max_size=8))
+def test_text_stays_text_however_it_was_cut(text: str, cuts: list[int]) -> None:
+    data = text.encode()
+    decoder = _Decoder("exec.stdout.delta")
+    edges = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
+    pairs = itertools.pairwise(edges)
+    events = [event for start, end in pairs for event in decoder.feed(data[start:end])]
+    assert decoder.end() == []
+    assert "".join(fields["delta"] for _, fields in events) == text
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "signal"),
+    [
+        (outcome(), "completed", None),
+        (outcome(exit_code=3), "failed", None),
+        (outcome(exit_code=None, number=11), "failed", "SIGSEGV"),
+        (outcome(exit_code=None, number=64), "failed", "SIGRTMAX"),
+        (outcome(exit_code=None, number=63), "failed", "SIG63"),
+        (outcome("timeout", None, 9), "timed_out", "SIGKILL"),
+        (outcome("killed", None, 9), "killed", "SIGKILL"),
+        (outcome("oom", None, 9), "oom", "SIGKILL"),
+    ],
+)
+def test_statuses_and_signals(end: Outcome, status: str, signal: str | None) -> None:
+    run = _Run("sbx_1", 1000.0)
+    run.add(Output(False, b"a\xff"))
+    run.add(Failure("E", "v", "t"))
+    run.add(end)
+    result = run.result()
+    assert (result["status"], result["signal"]) == (status, signal)
+    assert result["stdout"] == "a\ufffd"
+    assert result["error"] == {"name": "E", "value": "v", "traceback": "t"}
+    assert result["usage"] == {"cpu_ms": 0.5, "max_rss_mb": 2.0}
+
+
+def test_a_run_without_an_end_is_lost() -> None:
+    assert _Run("sbx_1", 1000.0).result()["status"] == "lost"
+
+
+def test_refusals_are_results_or_errors() -> None:
+    said, end = _refused(AgentRefusedError("command_not_found", "'x': No such file or directory"))
+    assert isinstance(said, Output)
+    assert isinstance(end, Outcome)
+    assert (said.is_stderr, end.exit_code) == (True, 127)
+    with pytest.raises(BusyError) as busy:
+        _refused(AgentRefusedError("busy", "64 execs are running"))
+    assert busy.value.headers["Retry-After"] == "1"
+    with pytest.raises(BadRequestError) as cwd:
+        _refused(AgentRefusedError("cwd_not_found", "cwd '/x': No such file or directory"))
+    assert cwd.value.param == "cwd"
