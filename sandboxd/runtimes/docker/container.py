@@ -30,7 +30,7 @@ _SYSCTLS = {
     "kernel.msgmni": "64",
     "kernel.sem": "250 4000 100 128",
 }
-_SOCKET_MEMORY = 64 * 1024 * 1024
+SOCKET_MEMORY = 64 * 1024 * 1024
 _MAX_SHM_MB = 64
 
 _BOOT = f"""
@@ -108,8 +108,6 @@ def container_config(
             "NanoCpus": int(spec.cpus * 1e9),
             "Memory": spec.memory_mb * 1024 * 1024,
             "MemorySwap": spec.memory_mb * 1024 * 1024,
-            # Buffers of network sockets, which cgroup v1 does not count as memory; v2 does.
-            "KernelMemoryTCP": _SOCKET_MEMORY,
             # When the host is out of memory, anything in a sandbox goes before any process of the host's.
             "OomScoreAdj": 500,
             "PidsLimit": spec.max_processes + AGENT_PROCESSES,

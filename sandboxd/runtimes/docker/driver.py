@@ -1,6 +1,7 @@
 """The Docker driver of the runtime contract. The only part of the daemon that knows containers."""
 
 import asyncio
+import contextlib
 import json
 import os
 import secrets
@@ -140,9 +141,13 @@ class DockerRuntime:
 
         def is_inside(pid: int) -> bool:
             try:
-                return handle in Path(f"/proc/{pid}/cgroup").read_text()
+                cgroups = Path(f"/proc/{pid}/cgroup").read_text()
             except OSError:
                 return False
+            if handle not in cgroups:
+                return False
+            _limit_socket_memory(cgroups)
+            return True
 
         return is_inside
 
@@ -230,6 +235,17 @@ class DockerRuntime:
     def leftovers(self) -> set[str]:
         """Ids of which something is left on this host: a workspace or a link folder."""
         return {*self._workspaces.list(), *os.listdir(self._links_dir)}
+
+
+def _limit_socket_memory(cgroups: str) -> None:
+    """Bounds the buffers of network sockets where cgroup v1 would not count them as memory: one sandbox
+    could take all that the host has for TCP. Engines accept such a limit, but no longer set it."""
+    for line in cgroups.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "memory":
+            file = Path(f"/sys/fs/cgroup/memory{path}/memory.kmem.tcp.limit_in_bytes")
+            with contextlib.suppress(OSError):
+                file.write_text(str(container.SOCKET_MEMORY))
 
 
 def _installation(state_dir: Path) -> str:
