@@ -38,6 +38,8 @@ def inspect(info: dict[str, Any], settings: Settings) -> Capabilities:
         _tool("mount", "apt-get install mount"),
         _loop_devices(),
         _processes(),
+        _terminals(),
+        _core_dumps(),
         _memory(info),
         _disk(settings.state_dir),
     ]
@@ -183,6 +185,34 @@ def _processes() -> Check:
             "sysctl kernel.pid_max=4194304",
         )
     return Check("pid_max", "ok", str(pid_max), "room for many sandboxes")
+
+
+def _terminals() -> Check:
+    # One count for all of the host, and nothing but it limits how many a sandbox opens.
+    most = int(Path("/proc/sys/kernel/pty/max").read_text())
+    if most < 65536:
+        return Check(
+            "pty_max",
+            "warn",
+            str(most),
+            "one sandbox can use up the host's pseudo terminals",
+            "sysctl kernel.pty.max=1048576",
+        )
+    return Check("pty_max", "ok", str(most), "room for many sandboxes")
+
+
+def _core_dumps() -> Check:
+    # A limit of no size does not count for a pipe: the kernel starts its program, on the host and as root.
+    pattern = Path("/proc/sys/kernel/core_pattern").read_text().strip()
+    if pattern.startswith("|"):
+        return Check(
+            "core_pattern",
+            "warn",
+            pattern[:60],
+            "a program on the host gets the memory of tenant processes that crash",
+            "sysctl kernel.core_pattern=core",
+        )
+    return Check("core_pattern", "ok", pattern[:60], "crashes in sandboxes leave nothing on the host")
 
 
 def _memory(info: dict[str, Any]) -> Check:
