@@ -14,7 +14,7 @@ from e80_sdk.results import SandboxInfo
 from e80_sdk.sandbox import AsyncSandbox, AsyncSandboxBlock, Sandbox, SandboxBlock
 from e80_sdk.transport import Request, Transport
 
-DEFAULT_MAX_RETRIES = 5
+DEFAULT_MAX_RETRIES = 7
 HEALTH_TIMEOUT_S = 10.0
 
 

@@ -85,7 +85,7 @@ class Transport:
         self,
         connection: Connection,
         *,
-        max_retries: int = 5,
+        max_retries: int = 7,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self.connection = connection

@@ -1,0 +1,160 @@
+"""The SDK against a real daemon on a real engine."""
+
+import asyncio
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from e80_sdk import (
+    BadRequestError,
+    Eighty80,
+    ExecResult,
+    NotFoundError,
+    SandboxNotRunningError,
+    eighty80_app,
+)
+
+if TYPE_CHECKING:
+    from tests.conftest import Daemon
+
+pytestmark = pytest.mark.docker
+
+
+@pytest.fixture
+def login(daemon: "Daemon", monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("_8080_CONFIG_DIR", str(tmp_path))
+    monkeypatch.setenv("_8080_BASE_URL", daemon.base_url)
+    monkeypatch.setenv("_8080_API_KEY", daemon.api_key)
+
+
+@pytest.fixture
+def client(login: None) -> Iterator[Eighty80]:
+    with Eighty80() as made:
+        yield made
+
+
+def test_the_snippet_of_the_docs_twenty_times_at_once(login: None) -> None:
+    app = eighty80_app()
+
+    @app.tool
+    async def run_python(code: str) -> str:
+        """
+        Execute Python code in a sandboxed environment and return the result.
+
+        Args:
+            code: Python code to execute. Use print() to output results.
+        """
+        async with app.sandbox() as sandbox:
+            return sandbox.run_python(code)
+
+    async def main() -> tuple[list[str], float]:
+        gaps = [0.0]
+
+        async def tick() -> None:
+            last = time.perf_counter()
+            while True:
+                await asyncio.sleep(0.001)
+                now = time.perf_counter()
+                gaps.append(now - last)
+                last = now
+
+        ticking = asyncio.create_task(tick())
+        results = await asyncio.gather(*(run_python(f"print({n} * 6)") for n in range(20)))
+        ticking.cancel()
+        return results, max(gaps)
+
+    results, longest_gap_s = asyncio.run(main())
+    assert results == [f"{n * 6}\n" for n in range(20)]
+    assert longest_gap_s < 0.1, f"{longest_gap_s * 1000:.1f} ms"
+
+
+def test_blocking_calls(client: Eighty80) -> None:
+    with client.sandbox(labels={"test": "sdk"}, env={"STAGE": "test"}) as sandbox:
+        assert sandbox.info.labels == {"test": "sdk"}
+        assert sandbox.run_python("import os; print(os.environ['STAGE'])") == "test\n"
+        data = bytes(range(256)) * 5000
+        assert sandbox.write_file("data.bin", data) == len(data)
+        assert sandbox.read_file("/home/user/data.bin") == data
+        assert sandbox.run("wc -c < data.bin") == f"{len(data)}\n"
+        failed = sandbox.run_python("print('before')\n1/0")
+        assert isinstance(failed, ExecResult)
+        assert failed.startswith("before\nTraceback")
+        assert failed.error is not None
+        assert (failed.status, failed.exit_code, failed.error.name) == ("failed", 1, "ZeroDivisionError")
+        assert sandbox.run(["sh", "-c", "exit 9"]).exit_code == 9
+        assert sandbox.run("cat", stdin="grüße").stdout == "grüße"
+        assert sandbox.run("sleep 30", timeout_s=0.5).status == "timed_out"
+        killed = sandbox.run("kill -9 $$")
+        assert killed.signal == "SIGKILL"
+        assert sandbox.run_python("import sys; print('fresh')", fresh=True) == "fresh\n"
+    assert client.sandboxes.get(sandbox.id).info.termination_reason == "user"
+    with pytest.raises(SandboxNotRunningError, match="user"):
+        sandbox.run("true")
+
+
+def test_streams_and_callbacks(client: Eighty80) -> None:
+    heard: list[tuple[str, float]] = []
+    with client.sandbox() as sandbox:
+        code = "import time\nfor n in range(3):\n    print(n, flush=True)\n    time.sleep(0.2)"
+        result = sandbox.run_python(
+            code, on_stdout=lambda chunk: heard.append((str(chunk), time.monotonic()))
+        )
+        assert "".join(text for text, _ in heard) == result.stdout == "0\n1\n2\n"
+        assert heard[-1][1] - heard[0][1] > 0.2, "output arrives as it is written"
+        raw = "import sys; sys.stdout.buffer.write(bytes(range(256)) * 1000)"
+        with sandbox.run_python(raw, stream=True) as stream:
+            assert b"".join(chunk.data for chunk in stream) == bytes(range(256)) * 1000
+            assert stream.result().ok
+
+
+async def test_pending_calls(login: None) -> None:
+    async with Eighty80() as client, client.sandbox() as sandbox:
+        sandbox.write_file("in.txt", "7")
+        pending = sandbox.run_python("print(int(open('in.txt').read()) * 6)", stream=True)
+        assert "".join([chunk async for chunk in pending]) == "42\n"
+        assert (await pending).exit_code == 0
+        results = await asyncio.gather(*(sandbox.run(f"echo {n}") for n in range(10)))
+        assert results == [f"{n}\n" for n in range(10)]
+        with pytest.raises(NotFoundError, match="nowhere"):
+            await sandbox.read_file("/home/user/nowhere")
+
+
+async def test_an_exception_ends_the_program_and_the_sandbox(login: None) -> None:
+    seen: list[str] = []
+
+    async def block() -> None:
+        async with Eighty80().sandbox() as sandbox:
+            seen.append(sandbox.id)
+            pending = sandbox.run("echo started; sleep 60", stream=True)
+            async for _ in pending:
+                raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await block()
+    async with Eighty80() as client:
+        assert (await client.sandboxes.get(seen[0])).status in ("stopped", "stopping")
+
+
+def test_bad_input_names_the_field(client: Eighty80) -> None:
+    with pytest.raises(BadRequestError, match="no-such-image") as caught:
+        client.sandboxes.create(image="no-such-image:none")
+    assert caught.value.request_id
+    with pytest.raises(BadRequestError, match="memory_size_mb"):
+        client.sandboxes.create(memory_size_mb=-1)
+    with pytest.raises(NotFoundError):
+        client.sandboxes.get("sbx_" + "0" * 34)
+
+
+def test_sandboxes_by_id(client: Eighty80) -> None:
+    made = client.sandboxes.create(timeout_s=120)
+    try:
+        assert made.info.timeout_s == 120
+        assert made.id in [one.id for one in client.sandboxes.list()]
+        assert client.sandboxes.get(made.id).run("echo hi") == "hi\n"
+    finally:
+        made.stop()
+    made.stop()
+    assert made.id not in [one.id for one in client.sandboxes.list()]
+    assert made.id in [one.id for one in client.sandboxes.list(status="all", limit=50)]
