@@ -16,7 +16,7 @@ import socket
 import struct
 import sys
 import traceback
-from typing import List
+from typing import Dict, List
 
 from e80_agent import runner
 from e80_agent.fork import send_fds
@@ -33,11 +33,11 @@ EXITED = b"X"
 FORK = b"F"
 
 
-def main(preload: List[str]) -> None:
-    """Serves forks until the agent goes away."""
+def main(preload: List[str], tenant_env: Dict[str, str]) -> None:
+    """Serves forks, with the environment of tenant code, until the agent goes away."""
     control = socket.socket(fileno=CONTROL_FD)
     _preload(preload)
-    runner.prepare()
+    runner.prepare(tenant_env)
     threads = len(os.listdir("/proc/self/task"))
     if threads != 1:
         # A fork copies only the calling thread; locks that the others hold would stay locked for ever.
@@ -129,7 +129,3 @@ def _preload(names: List[str]) -> None:
 def _resident_kb() -> int:
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -20,7 +20,8 @@ OnExit = Callable[[int, float, int], None]
 
 # The first entry of the path would be the working directory: it is taken away before anything is imported.
 _START = (
-    "import sys; sys.path[0] = %r; from e80_agent import interpreter; del sys.path[0]; interpreter.main(%r)"
+    "import sys; sys.path[0] = %r; from e80_agent import interpreter; del sys.path[0]; "
+    "interpreter.main(preload=%r, tenant_env=%r)"
 )
 
 _RESTART_DELAY_S = 0.2
@@ -49,10 +50,13 @@ _READ_AT_IMPORT = ("PYTHON", "MPL", "OPENBLAS_", "OMP_", "MKL_", "NUMEXPR_", "LD
 class Interpreter:
     """One parent process and its children."""
 
-    def __init__(self, loop: Loop, preload: List[str], env: Dict[str, str]) -> None:
+    def __init__(
+        self, loop: Loop, preload: List[str], env: Dict[str, str], tenant_env: Dict[str, str]
+    ) -> None:
         self._loop = loop
         self._preload = preload
         self._env = env
+        self._tenant_env = tenant_env
         self._sock: Optional[socket.socket] = None
         self._spares: Deque[Spare] = collections.deque()
         self._waiting: Deque[OnSpare] = collections.deque()
@@ -97,9 +101,8 @@ class Interpreter:
     def take(self, callback: OnSpare) -> None:
         """Calls back with a child forked ahead, now or as soon as there is one."""
         if self._spares:
-            pid, sock = self._spares.popleft()
+            callback(*self._spares.popleft())
             self._ask_for_fork()
-            callback(pid, sock)
             return
         self._waiting.append(callback)
         if self.ready and self._forks_asked < len(self._waiting):
@@ -123,7 +126,7 @@ class Interpreter:
             tenant.keep_only([null, null, 2, control.fileno()])
             os.chdir("/")
             here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-            code = _START % (here, self._preload)
+            code = _START % (here, self._preload, self._tenant_env)
             os.execve(sys.executable, [sys.executable, "-B", "-c", code], self._env)
         finally:
             os._exit(127)
@@ -208,8 +211,8 @@ class Interpreters:
         env = {key: value for key, value in base_env.items() if not key.startswith("PYTHON")}
         # No user site-packages: a .pth file there would be tenant code in a process of root.
         env["HOME"] = "/nonexistent"
-        self.bare = Interpreter(loop, [], env)
-        self.warm = Interpreter(loop, WARM_MODULES, dict(env, **_ONE_THREAD))
+        self.bare = Interpreter(loop, [], env, base_env)
+        self.warm = Interpreter(loop, WARM_MODULES, dict(env, **_ONE_THREAD), base_env)
         self._loop = loop
         self._warm_wanted = False
         self._warm_used = 0.0

@@ -47,8 +47,10 @@ def pack_request(header: Dict[str, Any], code: bytes) -> bytes:
     return REQUEST.pack(len(data), len(code)) + data + code
 
 
-def prepare() -> None:
+def prepare(env: Dict[str, str]) -> None:
     """In the parent, once: what a new interpreter has in place and a fork can inherit as it is."""
+    os.environ.clear()
+    os.environ.update(env)
     sys.path.insert(0, "")
     sys.dont_write_bytecode = False
     sys.argv = ["-c"]
@@ -119,10 +121,9 @@ def _become_tenant(header: Dict[str, Any]) -> None:
 
 def _set_up_python(header: Dict[str, Any]) -> None:
     """What a new interpreter would have done by itself, had it been started here."""
-    os.environ.clear()
     os.environ.update(header["env"])
     user_site = os.path.join(
-        header["env"].get("HOME", tenant.HOME),
+        os.environ.get("HOME", tenant.HOME),
         ".local/lib/python%d.%d/site-packages" % sys.version_info[:2],
     )
     if os.path.isdir(user_site):

@@ -26,9 +26,8 @@ def run_python(agent: Agent, connection: Connection, header: Dict[str, Any], bod
     if run is None:
         return
     code = body[: header["code_size"]]
-    env = agent.tenant.environment(header["env"])
     if header.get("fresh") or interpreters.needs_fresh(header["env"]):
-        _run_fresh(agent, connection, header, run, code, env)
+        _run_fresh(agent, connection, header, run, code)
         return
     parent = agent.interpreters.choose(code)
     connection.follow(run, 0, eager=bool(header.get("stream")))
@@ -52,7 +51,7 @@ def run_python(agent: Agent, connection: Connection, header: Dict[str, Any], bod
 
         parent.watch(pid, exited)
         agent.execs.started(run, pid)
-        _hand_over(sock, agent, run, header, env, code, theirs)
+        _hand_over(sock, agent, run, header, code, theirs)
 
     parent.take(forked)
 
@@ -62,7 +61,6 @@ def _hand_over(
     agent: Agent,
     run: Exec,
     header: Dict[str, Any],
-    env: Dict[str, str],
     code: bytes,
     theirs: List[int],
 ) -> None:
@@ -72,7 +70,7 @@ def _hand_over(
             "gid": agent.tenant.gid,
             "tag": run.tag,
             "max_processes": agent.tenant.max_processes,
-            "env": env,
+            "env": header["env"],
             "cwd": header["cwd"],
         },
         code,
@@ -100,9 +98,7 @@ def _start_fault(sock: socket.socket, cwd: str) -> Optional[Dict[str, str]]:
     return {"code": "cwd_not_found", "message": "cwd %r: %s" % (cwd, reason.decode())} if reason else None
 
 
-def _run_fresh(
-    agent: Agent, connection: Connection, header: Dict[str, Any], run: Exec, code: bytes, env: Dict[str, str]
-) -> None:
+def _run_fresh(agent: Agent, connection: Connection, header: Dict[str, Any], run: Exec, code: bytes) -> None:
     code_fd = os.memfd_create("code", 0)
     with os.fdopen(code_fd, "wb", closefd=False) as file:
         file.write(code)
@@ -114,7 +110,15 @@ def _run_fresh(
     )
     theirs = agent.execs.open_pipes(run, with_error=True)
     argv = [sys.executable, "-c", start]
-    command.start(agent, connection, run, argv, tenant_env(env), header, theirs + [code_fd])
+    command.start(
+        agent,
+        connection,
+        run,
+        argv,
+        tenant_env(agent.tenant.environment(header["env"])),
+        header,
+        theirs + [code_fd],
+    )
 
 
 def tenant_env(env: Dict[str, str]) -> Dict[str, str]:
