@@ -25,11 +25,11 @@ async def follow(client: AsyncEighty80, sandbox_id: str, body: Mapping[str, Any]
         async for event in events:
             if output.as_json:
                 output.data(event)
-            elif event["type"] in _OUTPUT:
+            elif event.get("type") in _OUTPUT:
                 chunk = ExecChunk.from_event(event)
                 output.raw(chunk.stream, chunk.data)
-            if event["type"] == "exec.completed":
-                result = ExecResult.from_body(event["exec"])
+            if event.get("type") == "exec.completed":
+                result = ExecResult.from_body(event.get("exec") or {})
                 code = exit_code_of_program(result)
                 _explain(result, output)
     return code

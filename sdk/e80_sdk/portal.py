@@ -73,9 +73,12 @@ class _LoopThread:
         self.pid = os.getpid()
         self._resources = resources
         self._ready = threading.Event()
+        self._failure: BaseException | None = None
         self.thread = threading.Thread(target=self._run, name="e80-sdk", daemon=True)
         self.thread.start()
         self._ready.wait()
+        if self._failure is not None:
+            raise self._failure
 
     def close(self) -> None:
         """Stop the loop; safe to call twice, from any thread, and from a forked child (which has no such
@@ -90,7 +93,14 @@ class _LoopThread:
             self.thread.join(timeout=CLEANUP_S)
 
     def _run(self) -> None:
-        asyncio.run(self._main())
+        try:
+            asyncio.run(self._main())
+        except BaseException as exc:
+            if self._ready.is_set():
+                raise
+            self._failure = exc  # raised where the thread was started
+        finally:
+            self._ready.set()
 
     async def _main(self) -> None:
         self.loop = asyncio.get_running_loop()

@@ -42,7 +42,7 @@ Content = bytes | Callable[[], AsyncIterable[bytes]]
 
 CONNECT_TIMEOUT_S = 5.0
 DEFAULT_TIMEOUT_S = 60.0
-MAX_RETRY_AFTER_S = 30.0
+MAX_WAIT_S = 30.0
 MAX_EVENT_BYTES = 256 * 1024 * 1024
 # Below the 5 s after which uvicorn closes an idle connection: a request must not meet a closing socket.
 KEEPALIVE_S = 3.0
@@ -153,7 +153,8 @@ class Transport:
                 await events.aclose()
 
     def _headers(self, request: Request) -> dict[str, str]:
-        headers = {"User-Agent": f"e80-sdk/{_version()}"}
+        # Uncompressed: Content-Length is then the size of a file, also behind a proxy that likes to compress.
+        headers = {"User-Agent": f"e80-sdk/{_version()}", "Accept-Encoding": "identity"}
         if not request.anonymous:
             if self.connection.api_key is None:
                 raise NotLoggedInError(self.connection.missing_key())
@@ -165,7 +166,7 @@ class Transport:
     async def _send_with_retries(
         self, client: httpx2.AsyncClient, request: Request, headers: dict[str, str]
     ) -> httpx2.Response:
-        attempt = 0
+        attempt, waited_s = 0, 0.0
         while True:
             delay_s: float | None
             cause: Exception | None = None
@@ -179,9 +180,10 @@ class Transport:
                     return response
                 error = await _error_of(response)
                 delay_s = self._delay_after(response, request, attempt)
-            if delay_s is None or attempt >= self._max_retries:
+            if delay_s is None or attempt >= self._max_retries or waited_s + delay_s > MAX_WAIT_S:
                 raise error from cause
             attempt += 1
+            waited_s += delay_s
             await self._sleep(delay_s)
 
     def _build(self, client: httpx2.AsyncClient, request: Request, headers: dict[str, str]) -> httpx2.Request:
@@ -204,7 +206,7 @@ class Transport:
         if response.status_code in (429, 503):
             asked_s = _retry_after_s(response)
             if asked_s is not None:
-                return asked_s if asked_s <= MAX_RETRY_AFTER_S else None
+                return asked_s
         if request.idempotent and response.status_code in (502, 503, 504):
             return self._backoff(attempt)
         return None

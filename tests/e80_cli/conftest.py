@@ -17,7 +17,7 @@ from unittest import mock
 import pytest
 from e80_cli.main import run
 
-from tests.e80_sdk.fake_server import FakeServer, running_fake
+from tests.e80_sdk.fake_server import FakeServer, Switch, fresh_fake, serving
 
 COMMAND = [sys.executable, "-c", "from e80_cli.main import main; main()"]
 
@@ -88,10 +88,16 @@ class Cli:
         return program.wait(timeout=60), shown.decode()
 
 
+@pytest.fixture(scope="session")
+def server() -> Iterator[tuple[str, Switch]]:
+    with serving() as running:
+        yield running
+
+
 @pytest.fixture
-def fake() -> Iterator[FakeServer]:
-    with running_fake() as server:
-        yield server
+def fake(server: tuple[str, Switch]) -> Iterator[FakeServer]:
+    with fresh_fake(*server) as made:
+        yield made
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """What all commands share: usage errors, help, errors, login, start-up."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -131,6 +132,23 @@ def test_a_pipe_that_closes_early_is_no_traceback(cli: Cli, fake: FakeServer) ->
     assert program.wait(timeout=30) == 1
     assert b"Traceback" not in errors
     assert fake.alive() == []
+
+
+def test_a_pipe_that_nobody_reads_is_no_traceback(cli: Cli) -> None:
+    cli("sandbox", "create")
+    reader, writer = os.pipe()
+    os.close(reader)
+    program = cli.start("sandbox", "list", stdout=writer)
+    os.close(writer)
+    _, errors = program.communicate(timeout=20)
+    assert (program.returncode, errors) == (1, b"")
+
+
+def test_completion_knows_the_commands(cli_alone: Cli) -> None:
+    words = {"_8080_COMPLETE": "complete_bash", "COMP_WORDS": "8080 sandbox st", "COMP_CWORD": "2"}
+    cli_alone.env |= words
+    program = cli_alone.start()
+    assert program.communicate(timeout=20)[0].split() == [b"stop"]
 
 
 def test_colour_only_on_a_terminal_that_wants_it(cli: Cli, fake: FakeServer) -> None:

@@ -3,13 +3,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.e80_sdk.fake_server import FakeServer, running_fake
+from tests.e80_sdk.fake_server import FakeServer, Switch, fresh_fake, serving
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[tuple[str, Switch]]:
+    with serving() as running:
+        yield running
 
 
 @pytest.fixture
-def fake() -> Iterator[FakeServer]:
-    with running_fake() as server:
-        yield server
+def fake(server: tuple[str, Switch]) -> Iterator[FakeServer]:
+    with fresh_fake(*server) as made:
+        yield made
 
 
 @pytest.fixture

@@ -414,16 +414,32 @@ def serve(app: Any) -> Iterator[str]:
         thread.join(timeout=10)
 
 
+class Switch:
+    """One server for many tests: passes requests to the application of the moment."""
+
+    app: ASGIApp
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.app(scope, receive, send)
+
+
 @contextmanager
-def running_fake() -> Iterator[FakeServer]:
+def serving() -> Iterator[tuple[str, Switch]]:
+    switch = Switch()
+    with serve(switch) as url:
+        yield url, switch
+
+
+@contextmanager
+def fresh_fake(url: str, switch: Switch) -> Iterator[FakeServer]:
+    """A fake server that knows nothing yet, behind a server that runs already."""
     with tempfile.TemporaryDirectory(prefix="e80-fake-") as folder:
-        fake = FakeServer(Path(folder))
-        with serve(make_app(fake)) as url:
-            fake.base_url = url
-            try:
-                yield fake
-            finally:
-                _end_programs(fake)
+        fake = FakeServer(Path(folder), base_url=url)
+        switch.app = make_app(fake)
+        try:
+            yield fake
+        finally:
+            _end_programs(fake)
 
 
 def _end_programs(fake: FakeServer) -> None:

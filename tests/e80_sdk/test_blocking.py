@@ -187,6 +187,15 @@ def test_a_forked_child_gets_a_thread_of_its_own(login: FakeServer) -> None:
     assert done.stdout == b"both\n"
 
 
+def test_a_loop_that_cannot_start_is_an_error_and_no_hang(
+    login: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", "/nonexistent/ca.pem")
+    client = Eighty80(base_url="https://192.0.2.1")
+    with pytest.raises(FileNotFoundError):
+        client.sandboxes.list()
+
+
 def test_a_blocking_call_from_the_clients_own_loop_is_refused(login: FakeServer) -> None:
     client = Eighty80()
     portal = client._portal

@@ -117,6 +117,13 @@ async def test_a_long_retry_after_is_told_and_not_waited_for(fake: FakeServer, w
     assert waits.seconds == []
 
 
+async def test_waiting_ends(fake: FakeServer, waits: Waits) -> None:
+    fake.faults.append(Fault("POST", "/sandboxes", 429, {"Retry-After": "9"}, BUSY, times=99))
+    with pytest.raises(RateLimitError):
+        await make_api(fake.base_url, waits).create({})
+    assert waits.seconds == [9, 9, 9]
+
+
 async def test_retries_end(fake: FakeServer, waits: Waits) -> None:
     fake.faults.append(Fault("GET", "/sandboxes", 503, {"Retry-After": "1"}, BUSY, times=99))
     with pytest.raises(UnavailableError, match="busy"):
