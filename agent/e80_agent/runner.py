@@ -198,7 +198,7 @@ def _report(error: BaseException) -> None:
             sys.excepthook(type(error), error, trace)
         sys.stderr.flush()
     except Exception:
-        os.write(2, text.encode("utf-8", "backslashreplace"))
+        _write(2, text.encode("utf-8", "backslashreplace"))
     try:
         value = str(error)
     except Exception:
@@ -208,10 +208,14 @@ def _report(error: BaseException) -> None:
         "value": value[:_MAX_VALUE],
         "traceback": text[-_MAX_TRACEBACK:],
     }
+    _write(ERROR_FD, json.dumps(fact, ensure_ascii=False).encode("utf-8", "replace"))
+
+
+def _write(fd: int, data: bytes) -> None:
     try:
-        os.write(ERROR_FD, json.dumps(fact, ensure_ascii=False).encode("utf-8", "replace"))
+        os.write(fd, data)
     except OSError:
-        # The tenant closed or filled the channel: its own loss, stderr has the traceback.
+        # The tenant closed the descriptor: its own loss, and there is the other one.
         return
 
 

@@ -1,4 +1,4 @@
-"""The place of the fights: an attacking sandbox, a neighbour that must not notice, the host's view of both."""
+"""The place of the fights: an attacker, a neighbour that must not notice, and the host's view of both."""
 
 import json
 import os
