@@ -72,7 +72,7 @@ def test_engine_starts_from_nothing_and_stops(scratch: Scratch) -> None:
     assert scratch.pid_file.read_text() == pid
 
     assert scratch.bash("stop_engine").returncode == 0
-    assert scratch.bash(f"lives_as {pid}").returncode == 1
+    assert scratch.bash(f"lives_as {pid}").returncode != 0
     assert "was not started by scripts/up: left running" in scratch.bash("stop_engine").stderr
 
 
