@@ -100,7 +100,7 @@ install_engine() {
       :
     elif apt-cache show docker-cli >/dev/null 2>&1; then
       packages+=(docker-cli)
-    else
+    elif ((${#packages[@]} == 0)); then
       packages+=(docker.io)
     fi
     apt_install "${packages[@]}"
