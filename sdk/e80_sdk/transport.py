@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
+import importlib
 import json
 import random
 import ssl
@@ -12,15 +13,12 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 from weakref import WeakKeyDictionary
 
-# Loaded by name because httpx2 loads them on the first request: 40 ms that would block a running event loop.
-import anyio._backends._asyncio
-import httpcore2._backends.anyio
 import httpx2
 
 from e80_sdk.config import Connection, is_loopback
@@ -35,7 +33,11 @@ from e80_sdk.errors import (
 )
 
 __all__ = ["Request", "Transport"]
-_PRELOADED = (anyio._backends._asyncio, httpcore2._backends.anyio)
+
+# httpx2 loads these on its first request: 40 ms that would block a running event loop.
+for _name in ("anyio._backends._asyncio", "httpcore2._backends.anyio"):
+    with suppress(ImportError):
+        importlib.import_module(_name)
 
 Params = Mapping[str, str | int]
 Content = bytes | Callable[[], AsyncIterable[bytes]]
