@@ -46,6 +46,7 @@ VERSION = version("e80")
 LAST_USED_INTERVAL_S = 60.0
 READY_TIMEOUT_S = 3.0
 START_RETRY_S = 2.0
+SETTLE_TIMEOUT_S = 10.0
 
 log = structlog.get_logger(__name__)
 
@@ -154,6 +155,7 @@ async def _running(services: Services) -> AsyncIterator[None]:
             services.tasks.start("sandboxes.start", _keep_starting(services))
         yield
     finally:
+        await services.sandboxes.settle(SETTLE_TIMEOUT_S)
         await services.tasks.close()
         await services.identity.flush_last_used()
         await services.sandboxes.flush_activity()
@@ -195,7 +197,7 @@ async def _keep_starting(services: Services) -> None:
 
 
 def _log_checks(capabilities: Capabilities) -> None:
-    log.info("isolation", level=capabilities.isolation_level, runtime=capabilities.runtime)
+    log.info("isolation", isolation_level=capabilities.isolation_level, runtime=capabilities.runtime)
     for check in capabilities.checks:
         if check.status != "ok":
             log.warning(f"check {check.name}", value=check.value, message=check.message, fix=check.fix)

@@ -182,9 +182,8 @@ class Interpreter:
         if self._sock is not None:
             self._drain()
         self.pid = None
-        for pid, sock in self._spares:
-            os.kill(pid, signal.SIGKILL)
-            sock.close()
+        for _pid, sock in self._spares:
+            sock.close()  # a spare without its socket ends
         self._spares.clear()
         for pid, callback in self._on_exit.items():
             if _is_child(pid):

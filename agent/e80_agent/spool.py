@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import struct
 from typing import Dict, Optional
@@ -11,6 +12,7 @@ from e80_agent import protocol
 from e80_agent.fork import receive_fds, run_as_tenant, send_fds
 from e80_agent.tenant import HOME, Tenant
 
+_OPEN_S = 0.25
 _NAMES = {protocol.RECORD_STDOUT: "stdout", protocol.RECORD_STDERR: "stderr"}
 
 
@@ -35,12 +37,14 @@ class Spool:
             send_fds(theirs, b"f", fds)
 
         with ours, theirs:
-            run_as_tenant(tenant, make, keep=[theirs])
+            pid = run_as_tenant(tenant, make, keep=[theirs])
             theirs.close()
-            ours.settimeout(2.0)
+            ours.settimeout(_OPEN_S)
             try:
                 _, fds = receive_fds(ours, 1, 2)
             except OSError:
+                # Tenant code can stop a process of its own uid, and must not stop PID 1 by it.
+                os.kill(pid, signal.SIGKILL)
                 return None
         if len(fds) != 2:
             return None

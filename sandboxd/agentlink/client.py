@@ -5,7 +5,8 @@ A stream of records survives the loss of its connection: it is taken up again, b
 
 import asyncio
 import json
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,7 +125,7 @@ class Agent:
     async def signal(self, exec_id: str, number: int) -> None:
         await self._call({"op": "signal", "id": exec_id, "signal": number}, CALL_TIMEOUT_S)
 
-    async def run(self, request: ExecRequest) -> AsyncIterator[Event]:
+    async def run(self, request: ExecRequest) -> AsyncGenerator[Event]:
         """Starts the exec and yields what it writes, then its Outcome. A lost connection is taken up again;
         LinkBrokenError means that the agent did not come back, and the exec's fate is unknown."""
         header: dict[str, Any] = {
@@ -146,14 +147,16 @@ class Agent:
         header["body"] = len(body)
         limit_s = None if request.timeout_s is None else request.timeout_s + OVERTIME_S
         max_log = request.output_limit + LOG_EXTRA
-        async for event in self._follow(request.id, 0, header, body, limit_s, max_log):
-            yield event
+        async with aclosing(self._follow(request.id, 0, header, body, limit_s, max_log)) as events:
+            async for event in events:
+                yield event
 
-    async def attach(self, exec_id: str, offset: int = 0) -> AsyncIterator[Event]:
+    async def attach(self, exec_id: str, offset: int = 0) -> AsyncGenerator[Event]:
         """The exec's events from an offset of its log on; for execs that an earlier daemon started."""
         header = _attach_header(exec_id, offset)
-        async for event in self._follow(exec_id, offset, header, b"", None, MAX_LOG):
-            yield event
+        async with aclosing(self._follow(exec_id, offset, header, b"", None, MAX_LOG)) as events:
+            async for event in events:
+                yield event
 
     async def _follow(
         self,
@@ -163,21 +166,26 @@ class Agent:
         body: bytes,
         limit_s: float | None,
         max_log: int,
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncGenerator[Event]:
         deadline = None if limit_s is None else asyncio.get_running_loop().time() + limit_s
         stream = await self._dial(CALL_TIMEOUT_S)
         losses = 0
         while True:
             try:
-                async for event, size in _read_log(stream, header, body, deadline, max_log - offset):
-                    offset += size
-                    losses = 0
-                    yield event
+                async with aclosing(_read_log(stream, header, body, deadline, max_log - offset)) as log:
+                    async for event, size in log:
+                        offset += size
+                        losses = 0
+                        yield event
                 return
             except (asyncio.IncompleteReadError, ConnectionError) as error:
                 losses += 1
                 if losses > MAX_LOSSES:
                     raise LinkBrokenError(f"lost the agent while following exec {exec_id}") from error
+            except AgentRefusedError as error:
+                if error.agent_code != "unknown_exec":
+                    raise
+                raise LinkBrokenError(f"the agent no longer knows exec {exec_id}") from error
             except TimeoutError as error:
                 raise LinkBrokenError(f"exec {exec_id} is long past its deadline") from error
             # Only a request that never arrived may be sent again; else the exec is taken up, not run twice.
@@ -201,7 +209,7 @@ class Agent:
                 f"the agent did not come back to exec {exec_id}: {error.message}"
             ) from error
 
-    async def read_file(self, path: str) -> tuple[int, AsyncIterator[bytes]]:
+    async def read_file(self, path: str) -> tuple[int, AsyncGenerator[bytes]]:
         """The file's size when it was opened, and its bytes. The iterator must be used up or closed."""
         stream = await self._dial(CALL_TIMEOUT_S)
         try:
@@ -338,7 +346,7 @@ def _event(kind: int, payload: bytes) -> Event:
 
 async def _read_log(
     stream: Stream, header: dict[str, Any], body: bytes, deadline: float | None, room: int
-) -> AsyncIterator[tuple[Event, int]]:
+) -> AsyncGenerator[tuple[Event, int]]:
     """Sends the request and yields the exec's events with their sizes in the log, up to its Outcome; no
     more than `room` bytes of them, whatever the agent sends."""
     between_requests = False
@@ -375,7 +383,7 @@ async def _read_log(
             stream.close()
 
 
-async def _file_chunks(stream: Stream) -> AsyncIterator[bytes]:
+async def _file_chunks(stream: Stream) -> AsyncGenerator[bytes]:
     try:
         while True:
             async with asyncio.timeout(CALL_TIMEOUT_S):

@@ -1,6 +1,7 @@
 """What every route shares: error bodies, request ids, the body limit, drain, access log, lists and events."""
 
 import asyncio
+import itertools
 import json
 import re
 import reprlib
@@ -29,6 +30,7 @@ API_PREFIX = "/v1/"
 UNLIMITED_SUFFIXES = ("/files",)
 VALUE_SHOWN = 100
 TEXT_MAX_LENGTH = 2**30
+FIELD_NAME = re.compile(r"\w{1,100}")
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 QUIET_PATHS = frozenset({"/healthz", "/readyz", "/metrics"})
@@ -167,7 +169,7 @@ async def _sse(events: AsyncGenerator[tuple[str, Mapping[str, Any]]]) -> AsyncIt
         yield sse_event("error", number, **error_body(error.message, error.type, error.code, error.param))
     except asyncio.CancelledError:
         # The drain is over, or the client is gone; in the first case it still reads this.
-        stopped = _stopped()
+        stopped = _interrupted()
         yield sse_event("error", number, **error_body(stopped.message, stopped.type, stopped.code))
         raise
     except Exception:  # border of a request whose head is sent: the stream must not end well
@@ -217,7 +219,7 @@ class RequestMiddleware:
             # Our own drain ended this request, and nobody above waits to hear of it.
             task.uncancel()
             if status == 0:
-                await error_response(_stopped())(scope, receive, send_with_id)
+                await error_response(_interrupted())(scope, receive, send_with_id)
         except ClientDisconnect:
             # It hung up in the middle of its own body: there is nobody to answer.
             log.info("client hung up", method=scope["method"], path=_shown_path(scope))
@@ -291,7 +293,9 @@ async def _on_invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first, *others = error.errors()
     where, *path = first["loc"]
-    param = _printable(".".join(str(part) for part in path)) or None
+    # Behind the field's name may come names of validators, which are ours and nobody else's.
+    inner = itertools.takewhile(lambda part: isinstance(part, int) or FIELD_NAME.fullmatch(part), path[1:])
+    param = _printable(".".join(str(part) for part in [*path[:1], *inner])) or None
     if first["type"] == "json_invalid":
         param = None
         message = f"The body is not valid JSON: {first['ctx']['error']} at character {path[0]}."
@@ -378,6 +382,15 @@ def _too_large(limit: int, size: int | None = None) -> TooLargeError:
         f"The body {sent}; this server takes at most {limit} bytes."
         " Send big data as files: PUT /v1/sandboxes/{id}/files."
     )
+
+
+def _interrupted() -> SandboxdError:
+    # No Retry-After: the request had begun, and doing it twice may be worse than not at all.
+    error = UnavailableError(
+        "The server was stopped while this request ran; how far it got is not known.", code="interrupted"
+    )
+    error.headers.clear()
+    return error
 
 
 def _stopped() -> UnavailableError:

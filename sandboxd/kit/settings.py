@@ -36,7 +36,7 @@ class Settings(BaseSettings):
     )
     drain_timeout_s: float = Field(20, ge=0, le=3600, description="Time running requests get after SIGTERM.")
     max_body_mb: int = Field(
-        8, ge=1, le=1024, description="Largest request body; file uploads stream and are exempt."
+        8, ge=1, le=16, description="Largest request body; file uploads stream and are exempt."
     )
     cpu_mhz: int = Field(2500, ge=100, description="CPU of a sandbox that asks for none, in MHz.")
     max_cpu_mhz: int = Field(10000, ge=100, description="Most CPU a sandbox may ask for.")

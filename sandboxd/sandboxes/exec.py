@@ -5,6 +5,7 @@ import codecs
 import signal
 import time
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,26 +58,30 @@ class ExecService:
     async def run(self, sandbox: LiveSandbox, wanted: NewExec) -> dict[str, Any]:
         """The result of the exec, as the API shows it."""
         run = _Run(sandbox.id, self._clock.now())
-        async for event in self._events(sandbox, wanted, run):
-            run.add(event)
+        async with aclosing(self._events(sandbox, self._request(sandbox, wanted, run.id), run)) as events:
+            async for event in events:
+                run.add(event)
         return self._result(run)
 
-    async def stream(
-        self, sandbox: LiveSandbox, wanted: NewExec
-    ) -> AsyncGenerator[tuple[str, Mapping[str, Any]]]:
-        """Stream events: the start, each piece of output, the full result."""
+    def stream(self, sandbox: LiveSandbox, wanted: NewExec) -> AsyncGenerator[tuple[str, Mapping[str, Any]]]:
+        """Stream events: the start, each piece of output, the full result. What is wrong with the request
+        is raised here, while the answer can still have a status."""
         run = _Run(sandbox.id, self._clock.now())
+        return self._stream(sandbox, self._request(sandbox, wanted, run.id), run)
+
+    async def _stream(
+        self, sandbox: LiveSandbox, request: ExecRequest, run: "_Run"
+    ) -> AsyncGenerator[tuple[str, Mapping[str, Any]]]:
         decoders = {False: _Decoder("exec.stdout.delta"), True: _Decoder("exec.stderr.delta")}
+        started = {"id": run.id, "sandbox_id": sandbox.id, "started_at": run.started_at}
         try:
-            yield (
-                "exec.started",
-                {"exec": {"id": run.id, "sandbox_id": sandbox.id, "started_at": run.started_at}},
-            )
-            async for event in self._events(sandbox, wanted, run):
-                run.add(event)
-                if isinstance(event, Output):
-                    for delta in decoders[event.is_stderr].feed(event.data):
-                        yield delta
+            yield "exec.started", {"exec": started}
+            async with aclosing(self._events(sandbox, request, run)) as events:
+                async for event in events:
+                    run.add(event)
+                    if isinstance(event, Output):
+                        for delta in decoders[event.is_stderr].feed(event.data):
+                            yield delta
             for decoder in decoders.values():
                 for delta in decoder.end():
                     yield delta
@@ -86,14 +91,12 @@ class ExecService:
                 # Nobody listens any more, and nobody could ever see the result.
                 self._tasks.start(f"cancel {run.id}", self._cancel(sandbox, run.id))
 
-    async def _events(self, sandbox: LiveSandbox, wanted: NewExec, run: "_Run") -> AsyncGenerator[Event]:
-        request = self._request(sandbox, wanted, run.id)
-        if sandbox.execs >= self._settings.max_execs:
-            raise BusyError(f"Sandbox {sandbox.id} runs {sandbox.execs} execs, the limit")
+    async def _events(self, sandbox: LiveSandbox, request: ExecRequest, run: "_Run") -> AsyncGenerator[Event]:
         sandbox.execs += 1
         try:
-            async for event in sandbox.agent.run(request):
-                yield event
+            async with aclosing(sandbox.agent.run(request)) as events:
+                async for event in events:
+                    yield event
         except AgentRefusedError as error:
             for event in _refused(error):
                 yield event
@@ -107,6 +110,8 @@ class ExecService:
             sandbox.touch(self._clock.now())
 
     def _request(self, sandbox: LiveSandbox, wanted: NewExec, exec_id: str) -> ExecRequest:
+        if sandbox.execs >= self._settings.max_execs:
+            raise BusyError(f"Sandbox {sandbox.id} runs {sandbox.execs} execs, the limit")
         timeout_s = wanted.timeout_s if wanted.timeout_s is not None else self._settings.exec_timeout_s
         if timeout_s > self._settings.max_exec_timeout_s:
             raise LimitError(

@@ -1,6 +1,6 @@
 """Files of a sandbox, read and written by its agent as the tenant; bytes only pass through here."""
 
-from collections.abc import AsyncIterable, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterable
 
 from sandboxd.agentlink.errors import AgentRefusedError
 from sandboxd.kit.errors import BadRequestError, ConflictError, SandboxdError
@@ -10,7 +10,7 @@ from sandboxd.sandboxes.live import LiveSandbox
 _WRITABLE = "only /home/user and /tmp can be written"
 
 
-async def read(sandbox: LiveSandbox, path: str) -> tuple[int, AsyncIterator[bytes]]:
+async def read(sandbox: LiveSandbox, path: str) -> tuple[int, AsyncGenerator[bytes]]:
     """Size and content. Raises FileNotFound, FileForbiddenError, BadRequestError, ConflictError."""
     try:
         return await sandbox.agent.read_file(path)

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import deque
+from collections.abc import Awaitable
 
 import structlog
 
@@ -73,10 +74,19 @@ class Sweep:
             if self._service.is_busy(row.id):
                 continue
             found = owned.get(row.id)
-            await self._mend(row, None if found is None else found.phase)
+            await self._guarded(row.id, self._mend(row, None if found is None else found.phase))
         for sandbox_id in (set(owned) | self._runtime.leftovers()) - set(alive):
             if not self._service.is_busy(sandbox_id):
-                await self._remove(sandbox_id)
+                await self._guarded(sandbox_id, self._remove(sandbox_id))
+
+    async def _guarded(self, sandbox_id: str, work: Awaitable[None]) -> None:
+        # A border: one sandbox that cannot be mended now must not keep the others from it.
+        try:
+            await work
+        except SandboxdError as error:
+            log.warning("sweep.failed", sandbox_id=sandbox_id, reason=error.message)
+        except Exception:
+            log.exception("sweep failed", sandbox_id=sandbox_id)
 
     async def _mend(self, row: Sandbox, phase: Phase | None) -> None:
         if self._service.live.get(row.id) is not None:
@@ -139,6 +149,8 @@ class ExitWatcher:
                 await self._sweep.run()
             except SandboxdError as error:
                 log.warning("sweep.failed", reason=error.message)
+            except Exception:  # border of a job
+                log.exception("sweep failed")
 
     async def _ended(self, sandbox_id: str, handle: Handle) -> None:
         if self._service.is_busy(sandbox_id) or self._service.live.get(sandbox_id) is None:

@@ -1,7 +1,8 @@
 """HTTP for sandboxes, execs and files."""
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Annotated, Literal
 from urllib.parse import quote
 
@@ -105,15 +106,16 @@ def make_router(sandboxes: SandboxService, execs: ExecService) -> APIRouter:
     return router
 
 
-async def _exactly(size: int, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+async def _exactly(size: int, chunks: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
     """The bytes announced: a file that grew is cut there; one that shrank breaks the connection, so that
     nobody takes a part for the whole."""
     left = size
-    async for chunk in chunks:
-        yield chunk[:left]
-        left -= len(chunk)
-        if left <= 0:
-            return
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            yield chunk[:left]
+            left -= len(chunk)
+            if left <= 0:
+                return
 
 
 def _checked(path: str) -> str:

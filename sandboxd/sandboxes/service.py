@@ -14,7 +14,7 @@ from sandboxd.agentlink.client import Agent
 from sandboxd.identity.service import Principal
 from sandboxd.kit.clock import Clock
 from sandboxd.kit.db import Database
-from sandboxd.kit.errors import SandboxdError
+from sandboxd.kit.errors import SandboxdError, UnavailableError
 from sandboxd.kit.ids import new_id
 from sandboxd.kit.metrics import Metrics
 from sandboxd.kit.paging import PageParams
@@ -147,7 +147,14 @@ class SandboxService:
             live.touch(self._clock.now())
             return live
         row = await self.get(project_id, sandbox_id)
+        if row.status == Status.RUNNING:
+            raise UnavailableError(f"Sandbox {row.id} is not taken up yet after a restart; try again.")
         raise SandboxNotRunningError(row.id, row.status, row.termination_reason)
+
+    async def settle(self, timeout_s: float) -> None:
+        """Waits for creates and ends on their way, before the daemon stops."""
+        if self._busy:
+            await asyncio.wait(self._busy.values(), timeout=timeout_s)
 
     def is_busy(self, sandbox_id: str) -> bool:
         """Whether this process is creating or ending it right now."""
@@ -249,9 +256,10 @@ class SandboxService:
             running = await self._mark_running(row, handle)
         except BaseException as error:
             await self._undo(row, error)
-            if isinstance(error, (SandboxdError, asyncio.CancelledError)):
-                raise
-            raise RuntimeFaultError(f"sandbox {row.id} could not be started: {_cause(error)}") from error
+            cause = _first(error)
+            if isinstance(cause, (SandboxdError, asyncio.CancelledError)):
+                raise cause from None
+            raise RuntimeFaultError(f"sandbox {row.id} could not be started: {_describe(error)}") from error
         self._metrics.sandbox_creates.labels("running").inc()
         log.info(
             "sandbox.running", duration_ms=round((time.perf_counter() - started) * 1000, 1), image=row.image
@@ -292,17 +300,22 @@ class SandboxService:
     async def _undo(self, row: Sandbox, error: BaseException) -> None:
         """After a create that failed at any step: nothing stays in the engine, and the row says so."""
         self._metrics.sandbox_creates.labels("failed").inc()
-        log.warning("sandbox.create_failed", reason=_cause(error))
+        log.warning("sandbox.create_failed", reason=_describe(error))
+        gone = True
         try:
             await self._runtime.delete(row.id)
         except SandboxdError as fault:
-            # The sweep tries again: the row is dead, so whatever is left belongs to nowanted.
             log.warning("sandbox.cleanup_failed", reason=fault.message)
-        now = self._clock.now()
+            gone = False
         async with self._db.write() as session:
             kept = await store.get(session, row.id)
-            stopped = kept.status == Status.STOPPING
-            kept.end(Status.STOPPED if stopped else Status.FAILED, Reason.RUNTIME_ERROR, now)
+            if not gone:
+                # Its place stays taken, uid and all, until the sweep has removed what is left.
+                kept.status, kept.termination_reason = Status.STOPPING, Reason.RUNTIME_ERROR
+            elif kept.status == Status.STOPPING:
+                kept.end(Status.STOPPED, Reason.USER, self._clock.now())
+            else:
+                kept.end(Status.FAILED, Reason.RUNTIME_ERROR, self._clock.now())
             session.add(kept)
 
     async def _end(self, sandbox_id: str, reason: Reason) -> Sandbox:
@@ -364,8 +377,13 @@ def _first_free(taken: set[int], limit: int) -> int:
     raise NoFreeSlotError(limit)
 
 
-def _cause(error: BaseException) -> str:
-    """What went wrong, in one line; for a group, its first member."""
+def _first(error: BaseException) -> BaseException:
+    """The fault itself; of a group, its first member."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    return f"{type(error).__name__}: {error}"[:500]
+    return error
+
+
+def _describe(error: BaseException) -> str:
+    first = _first(error)
+    return f"{type(first).__name__}: {first}"[:500]

@@ -214,7 +214,7 @@ async def test_what_outlives_the_drain_is_told_so(settings):
         served.stop.set()
         response = await running
         assert response.status_code == 503
-        assert response.json()["error"]["code"] == "unavailable"
+        assert response.json()["error"]["code"] == "interrupted"
         assert await served.serving == 0
 
 
@@ -223,7 +223,7 @@ async def test_a_stream_that_outlives_the_drain_ends_in_an_error_event(settings)
         text = await read_until_cut(served)
         events = [json.loads(line.removeprefix("data: ")) for line in text.split("\n\n") if line]
         assert [event["type"] for event in events] == ["thing.started", "error"]
-        assert events[-1]["error"]["code"] == "unavailable"
+        assert events[-1]["error"]["code"] == "interrupted"
         assert await served.serving == 0
 
 

@@ -24,6 +24,7 @@ _CODES = {
     errno.EPERM: "permission_denied",
     errno.EISDIR: "is_directory",
     errno.ENOTDIR: "not_directory",
+    errno.EEXIST: "not_directory",
     errno.ENOSPC: "disk_full",
     errno.EDQUOT: "disk_full",
     errno.EROFS: "read_only",
@@ -84,12 +85,13 @@ def _read_file(sock: socket.socket, path: str) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     facts = os.fstat(fd)
     _require_regular(facts)
-    sock.sendall(protocol.pack_header({"ok": True, "size": facts.st_size}))
-    while True:
-        data = os.read(fd, _CHUNK)
-        if not data:
-            break
+    # Files of /proc have no size; they are read before it is said.
+    data = os.read(fd, _CHUNK) if facts.st_size == 0 else b""
+    sock.sendall(protocol.pack_header({"ok": True, "size": facts.st_size or len(data)}))
+    data = data or os.read(fd, _CHUNK)
+    while data:
         sock.sendall(protocol.pack_record(protocol.RECORD_DATA, data))
+        data = os.read(fd, _CHUNK)
     sock.sendall(protocol.pack_record(protocol.RECORD_END, b""))
 
 

@@ -56,14 +56,16 @@ class DockerRuntime:
         self._engine = Engine(settings.docker_url)
         self._workspaces = Workspaces(settings.state_dir / "workspaces")
         self._agent_files = AgentFiles(self._engine, settings.state_dir / "agents")
-        self._links_dir = settings.run_dir / "links"
+        self._links_dir = settings.run_dir
         self._links: dict[str, Link] = {}
         self._seccomp = container.seccomp_profile()
 
     async def start(self) -> None:
-        self._links_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
         self._workspaces.open()
         self._owner = _installation(self._settings.state_dir)
+        # A folder of its own for each installation, should two of them share a run folder.
+        self._links_dir = self._settings.run_dir / self._owner
+        self._links_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
         await self._engine.open()
 
     async def close(self) -> None:
@@ -177,11 +179,13 @@ class DockerRuntime:
         link = Link(
             sandbox_id, self._links_dir / sandbox_id, self._peer_check(handle, self._settings.runtime)
         )
+        # Before the await: a second caller must not open a second listener.
+        self._links[sandbox_id] = link
         try:
             await link.open()
         except (OSError, ValueError, KeyError) as error:
+            del self._links[sandbox_id]
             raise RuntimeFaultError(f"the link folder of sandbox {sandbox_id} is gone: {error}") from error
-        self._links[sandbox_id] = link
 
     async def observe(self, handle: Handle) -> Observation:
         try:

@@ -121,7 +121,12 @@ class Link:
             async with asyncio.timeout(timeout_s):
                 return await future
         except TimeoutError as error:
+            self._asked = max(0, self._asked - 1)
             raise self._unreachable(f"no connection within {timeout_s:g} s") from error
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                future.result().release()  # it came just as nobody wanted it any more
+            raise
         finally:
             if future in self._waiting:
                 self._waiting.remove(future)
@@ -154,9 +159,9 @@ class Link:
 
     def _ask(self) -> None:
         """Asks the agent for as many connections as are waited for and not already on their way."""
-        missing = len(self._waiting) - self._asked
+        missing = min(len(self._waiting) - self._asked, protocol.MAX_CONNECTIONS)
         if self._control is not None and missing > 0:
-            self._control.write(bytes([min(missing, protocol.MAX_CONNECTIONS)]))
+            self._control.write(bytes([missing]))
             self._asked += missing
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -6,7 +6,6 @@ made before any tenant code runs. Nothing here ever opens a path below those two
 
 import asyncio
 import os
-import shutil
 from pathlib import Path
 
 from sandboxd.runtimes.errors import RuntimeFaultError
@@ -68,13 +67,13 @@ class Workspaces:
             except RuntimeFaultError:
                 # Busy for a moment after the container's end: it goes when its last user does.
                 await _run("umount", "--lazy", str(mount_point))
-        await asyncio.to_thread(_delete, folder)
+        try:
+            await asyncio.to_thread(_delete, folder)
+        except OSError as error:
+            raise RuntimeFaultError(f"cannot remove the workspace {folder}: {error}") from error
 
     def list(self) -> list[str]:
         return sorted(entry.name for entry in self._folder.iterdir())
-
-    def free_mb(self) -> int:
-        return shutil.disk_usage(self._folder).free // (1024 * 1024)
 
 
 def _make_sparse(file: Path, size_mb: int) -> None:
@@ -103,9 +102,12 @@ async def _run(*argv: str) -> None:
         async with asyncio.timeout(_STEP_TIMEOUT_S):
             _, errors = await process.communicate()
     except TimeoutError as error:
-        process.kill()
-        await process.wait()
         raise RuntimeFaultError(f"{argv[0]} took more than {_STEP_TIMEOUT_S:g} s") from error
+    finally:
+        if process.returncode is None:
+            # A mount must not land after the clean-up that a cancelled create begins with.
+            process.kill()
+            await process.wait()
     if process.returncode:
         text = errors.decode("utf-8", "replace").strip()[:500]
         raise RuntimeFaultError(f"{argv[0]} failed with status {process.returncode}: {text}")
