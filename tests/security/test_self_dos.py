@@ -42,7 +42,8 @@ repr(A())
     "its own output closed": "import os\nos.closerange(0, 100)\n1/0",
     "an exit in a thread": "import os, threading\nthreading.Thread(target=os._exit, args=(5,)).start()",
     "an endless exit": "import atexit, time\natexit.register(time.sleep, 1000)",
-    "a thread that never ends": "from threading import Thread as T\nimport time\nT(target=time.sleep, args=(1000,)).start()",
+    "a thread that never ends": "import threading, time\n"
+    "threading.Thread(target=time.sleep, args=(1000,)).start()",
     "SIGKILL to itself": "import os\nos.kill(os.getpid(), 9)",
     "a stop": "import os\nos.kill(os.getpid(), 19)",
 }
