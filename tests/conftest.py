@@ -136,6 +136,7 @@ class _daemon:
             SANDBOXD_STATE_DIR=str(root / "state"),
             SANDBOXD_RUN_DIR=str(root / "run"),
             SANDBOXD_PORT=str(_free_port()),
+            SANDBOXD_DOCKER_URL=os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock"),
         )
         key = _run(env, "create-key", "--name", "tests")
         self.daemon = Daemon(

@@ -22,7 +22,11 @@ PANDAS_OUTPUT = "71500\n"
 # The word that has the agent choose the interpreter with the libraries is in it.
 IS_WARM = "import sys; print('pandas' in sys.modules)"
 WARM_TIMEOUT_S = 120.0
+# Less than the time after which the server closes a connection that nobody uses.
+KEPT_S = 2.0
 TIMEOUT_S = 120.0
+# Less than the time after which the server closes a connection that nobody uses.
+KEPT_S = 2.0
 
 
 class Api:
@@ -35,6 +39,7 @@ class Api:
         self._connection = http.client.HTTPConnection(
             address.hostname or "127.0.0.1", address.port, timeout=TIMEOUT_S
         )
+        self._used = 0.0
         self._headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
 
     def hang_up(self) -> None:
@@ -46,6 +51,8 @@ class Api:
         return Api(self.base_url, self.key)
 
     def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        if time.monotonic() > self._used + KEPT_S:
+            self.hang_up()
         try:
             self._connection.request(method, path, None if body is None else json.dumps(body), self._headers)
             answer = self._connection.getresponse()
@@ -53,6 +60,7 @@ class Api:
         except (OSError, http.client.HTTPException):
             self._connection.close()
             raise
+        self._used = time.monotonic()
         if answer.status >= 300:
             raise BenchError(f"{method} {path} answered {answer.status}: {data[:500]!r}")
         result: dict[str, Any] = json.loads(data)

@@ -77,4 +77,7 @@ lives_as() {
   [[ $1 =~ ^[0-9]+$ && (-z ${2:-} || $(cat "/proc/$1/comm" 2>/dev/null) == "$2") ]] && grep -qs . "/proc/$1/cmdline"
 }
 
+# begin_log FILE: a large log becomes FILE.1 before a program starts to write it.
+begin_log() { as_root find "$1" -size +50M -exec mv {} {}.1 \; 2>/dev/null || true; }
+
 state_folder() { as_root install -d -m 0700 "$STATE_DIR"; }

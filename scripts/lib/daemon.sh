@@ -82,6 +82,7 @@ start_daemon() {
   say "starting sandboxd (log: $DAEMON_LOG) ..."
   state_folder
   as_root rm -f "$STATE_DIR/sandboxd.pid" "$DAEMON_STAMP"
+  begin_log "$DAEMON_LOG"
   # Compiled here, so that root leaves no files of its own in a user's checkout.
   "$VENV/bin/python" -m compileall -q "$REPO/sandboxd" "$REPO/agent"
   # Descriptor 9 is the lock of only_one.

@@ -140,10 +140,13 @@ start_engine_by_systemd() {
   as_root systemctl reset-failed docker.service docker.socket >/dev/null 2>&1 || true
   if ! as_root systemctl start docker.service || ! await_engine 60; then
     warn "docker.service did not start; trying without the docker0 bridge, which this machine may not allow"
+    as_root cp /etc/docker/daemon.json "$STATE_DIR/daemon.json.before"
     dockerd_config /etc/docker/daemon.json /etc/docker/daemon.json 'bridge="none"' iptables=false ip6tables=false
     as_root systemctl reset-failed docker.service >/dev/null 2>&1 || true
-    { as_root systemctl restart docker.service && await_engine 60; } ||
+    { as_root systemctl restart docker.service && await_engine 60; } || {
+      as_root cp "$STATE_DIR/daemon.json.before" /etc/docker/daemon.json
       die "docker.service does not start" "Its words: journalctl -u docker.service -n 50"
+    }
   fi
   # Where the service ran before these settings were written.
   [[ $(engine info --format '{{.LiveRestoreEnabled}}') == true ]] || as_root systemctl reload docker.service
@@ -162,6 +165,7 @@ start_engine_in_background() {
   remove_stale_pid_file "$exec_root/containerd/containerd.pid" containerd
   say "starting the Docker Engine in the background (log: $DOCKERD_LOG) ..."
   as_root rm -f "$DOCKERD_STARTED"
+  begin_log "$DOCKERD_LOG"
   # The shell becomes dockerd, so its pid is dockerd's. Descriptor 9 is a lock of scripts/up.
   as_root env PATH="$PATH:/usr/sbin:/sbin" setsid --fork sh -c \
     'umask 022; exec </dev/null >>"$2" 2>&1 9>&-; echo $$ >"$3"; exec dockerd --config-file "$1"' \
