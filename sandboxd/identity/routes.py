@@ -1,16 +1,16 @@
 """HTTP for API keys."""
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends
 
 from sandboxd.identity.auth import CurrentPrincipal
 from sandboxd.identity.schemas import ApiKeyOut, CreatedKeyOut, CreateKeyBody
 from sandboxd.identity.service import IdentityService, check_project
-from sandboxd.kit.http import PageQuery
+from sandboxd.kit.http import PageQuery, known_query_only
 from sandboxd.kit.paging import Page
 
 
 def make_router(identity: IdentityService) -> APIRouter:
-    router = APIRouter(prefix="/v1/apikeys", tags=["apikeys"])
+    router = APIRouter(prefix="/v1/apikeys", tags=["apikeys"], dependencies=[Depends(known_query_only)])
 
     @router.post("", status_code=201)
     async def create_key(body: CreateKeyBody, principal: CurrentPrincipal) -> CreatedKeyOut:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import structlog
 from fastapi import Depends, FastAPI, Query
+from fastapi.dependencies.models import Dependant
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import iter_route_contexts
 from pydantic import BaseModel, ConfigDict, Field
@@ -81,6 +82,20 @@ async def page_params(
 ) -> PageParams:
     # A coroutine, because FastAPI sends plain functions to a thread.
     return PageParams(limit=limit, after=after, order=order)
+
+
+async def known_query_only(request: Request) -> None:
+    """A router's dependency: a parameter that no route reads is an error, not silence. A filter that is
+    misspelt would otherwise answer with everything."""
+    if not request.scope["query_string"]:
+        return
+    route = request.scope["route"]
+    known = sorted(_query_names(route.dependant))
+    for name in request.query_params:
+        if name not in known:
+            shown = _printable(name[:VALUE_SHOWN])
+            takes = f"Known ones: {', '.join(known)}." if known else "This route takes none."
+            raise BadRequestError(f"'{shown}' is not a known parameter of the query. {takes}", param=shown)
 
 
 PageQuery = Annotated[PageParams, Depends(page_params)]
@@ -399,6 +414,11 @@ def _stopped() -> UnavailableError:
 
 def _internal_message(request_id: str) -> str:
     return f"Internal error. The server's log has the details under request id {request_id}."
+
+
+def _query_names(dependant: Dependant) -> set[str]:
+    names = {field.alias for field in dependant.query_params}
+    return names.union(*(_query_names(inner) for inner in dependant.dependencies))
 
 
 def _shown_path(scope: Scope) -> str:

@@ -6,14 +6,14 @@ from contextlib import aclosing
 from typing import Annotated, Literal
 from urllib.parse import quote
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Depends, Query, Response
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
 from sandboxd.identity.auth import CurrentPrincipal
 from sandboxd.identity.service import Principal, check_project
 from sandboxd.kit.errors import BadRequestError
-from sandboxd.kit.http import PageQuery, sse_response
+from sandboxd.kit.http import PageQuery, known_query_only, sse_response
 from sandboxd.kit.paging import Page
 from sandboxd.sandboxes import files
 from sandboxd.sandboxes.exec import ExecService
@@ -29,7 +29,7 @@ FilePath = Annotated[
 
 
 def make_router(sandboxes: SandboxService, execs: ExecService) -> APIRouter:
-    router = APIRouter(prefix="/v1/sandboxes", tags=["sandboxes"])
+    router = APIRouter(prefix="/v1/sandboxes", tags=["sandboxes"], dependencies=[Depends(known_query_only)])
 
     def out(row: Sandbox, principal: Principal) -> SandboxOut:
         live = sandboxes.live.get(row.id)

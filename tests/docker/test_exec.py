@@ -258,6 +258,11 @@ def test_bad_requests_are_refused_with_the_field(client, sandbox_id, body, param
     assert run(client, sandbox_id, code="print('fine')")["stdout"] == "fine\n"
 
 
+def test_a_stream_is_refused_with_a_status_where_that_is_possible(client, sandbox_id):
+    body = {"code": "1", "stream": True, "timeout_s": 1e9}
+    assert client.post(f"/v1/sandboxes/{sandbox_id}/exec", json=body).status_code == 400
+
+
 def test_code_with_half_a_character_is_refused(client, sandbox_id):
     answer = client.post(
         f"/v1/sandboxes/{sandbox_id}/exec",

@@ -60,6 +60,16 @@ def test_what_cannot_be_read_says_why(client, sandbox_id, path, status, code):
     assert answer.json()["error"]["param"] == "path"
 
 
+def test_a_file_of_the_kernel_has_content_although_it_has_no_size(client, sandbox_id):
+    got = client.get(url(sandbox_id), params={"path": "/proc/version"})
+    assert got.content.startswith(b"Linux version")
+
+
+def test_a_path_below_a_file_says_so(client, sandbox_id):
+    answer = client.put(url(sandbox_id), params={"path": "/etc/hostname/x"}, content=b"x")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "not_directory")
+
+
 @pytest.mark.parametrize("path", ["/etc/passwd", "/opt/e80/x", "/run/e80/x", "../../usr/bin/x", "/proc/x"])
 def test_nothing_outside_the_workspace_can_be_written(client, sandbox_id, path):
     answer = client.put(url(sandbox_id), params={"path": path}, content=b"x")

@@ -94,6 +94,14 @@ def test_a_container_that_dies_is_noticed(client, engine):
     assert not engine.containers.list(all=True, filters={"name": sandbox_id})
 
 
+@pytest.mark.parametrize("path", ["/v1/sandboxes?label=a=b", "/v1/sandboxes?stauts=all", "/v1/apikeys?x=1"])
+def test_a_parameter_nobody_reads_is_an_error(client, path):
+    answer = client.get(path)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] in path
+    assert "Known ones: " in answer.json()["error"]["message"]
+
+
 def test_listing_by_page_and_status(client):
     ids = [create(client, wait=False)["id"] for _ in range(3)]
     for sandbox_id in ids:

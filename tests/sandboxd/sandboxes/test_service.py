@@ -158,6 +158,39 @@ async def test_the_sweep_ends_what_cannot_be_taken_up(world):
     assert world.runtime.held == {}
 
 
+async def test_one_that_cannot_be_mended_does_not_keep_the_others_from_it(world):
+    first = await world.service.create(world.principal, NewSandbox())
+    second = await world.service.create(world.principal, NewSandbox())
+    later = world.new_service()
+    real = world.runtime.adopt
+
+    async def adopt(sandbox_id: str, handle: Handle) -> None:
+        if sandbox_id == first.id:
+            raise OSError("what nobody thought of")
+        await real(sandbox_id, handle)
+
+    world.runtime.adopt = adopt
+    await world.sweep(later).run()
+    assert later.live.get(second.id) is not None
+
+
+async def test_a_create_whose_clean_up_failed_keeps_its_place(world):
+    world.runtime.fail_at = "create"
+    delete = world.runtime.delete
+
+    async def refuse(_sandbox_id: str) -> None:
+        raise EngineUnavailableError("gone for now")
+
+    world.runtime.delete = refuse
+    with pytest.raises(EngineUnavailableError, match="broken at create"):
+        await world.service.create(world.principal, NewSandbox())
+    assert await world.rows() == {"stopping": "runtime_error"}
+    world.runtime.delete, world.runtime.fail_at = delete, ""
+    assert (await world.service.create(world.principal, NewSandbox())).slot == 1
+    await world.sweep().run()
+    assert (await world.rows())["failed"] == "runtime_error"
+
+
 async def test_the_sweep_removes_what_has_no_row_and_spares_what_is_being_made(world):
     world.runtime.held["sbx_nobodys"] = Phase.EXITED
     world.runtime.gate.clear()
