@@ -98,7 +98,7 @@ class Connection:
         self._input += data
         if not self._proved:
             self._prove()
-        if self._role == protocol.ROLE_CONTROL:
+        if self._proved and self._role == protocol.ROLE_CONTROL:
             self._link.asked_for(sum(self._input))
             self._input.clear()
         elif self._proved and self.idle:

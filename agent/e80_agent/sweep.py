@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from typing import Callable, Iterable, List, Set, Tuple
 
 from e80_agent.loop import Loop
 
 _PASS_DELAY_S = 0.002
 _UNKILLABLE_S = 0.05
+# How long a pass may find nobody but those who were killed before.
+_STUCK_S = 1.0
 
 
 def marked(tag: int, skip: Iterable[int]) -> Tuple[List[int], List[int]]:
@@ -48,6 +51,9 @@ class Sweep:
     A pass is no snapshot: a process can fork and end before it is looked at, its child is not in the list
     any more. But while orphans are not reaped it leaves a zombie, so the last pass is one that finds
     nothing alive and no zombie that the pass before had not seen, after the main process was reaped.
+
+    One that hangs in the kernel (a disk that does not answer) cannot die before its wait ends. It was
+    killed all the same and runs no more code of its own: the exec does not wait for it.
     """
 
     def __init__(
@@ -64,6 +70,8 @@ class Sweep:
         self._main_reaped = main_reaped
         self._done = done
         self._zombies: Set[int] = set()
+        self._killed: Set[int] = set()
+        self._last_news = time.monotonic()
         self._passes = 0
         loop.hold_orphans()
 
@@ -85,7 +93,12 @@ class Sweep:
         left, dead = marked(self._tag, self._skip())
         if may_be_last and not left and self._zombies.issuperset(dead):
             return True
+        if not (may_be_last and self._killed.issuperset(left) and self._zombies.issuperset(dead)):
+            self._last_news = time.monotonic()
+        elif time.monotonic() - self._last_news > _STUCK_S:
+            return True
         self._zombies.update(dead)
+        self._killed.update(left)
         for pid in left:
             try:
                 os.kill(pid, signal.SIGKILL)
