@@ -6,23 +6,16 @@ import collections
 import os
 import signal
 import socket
-import sys
 import time
 from typing import Any, Callable, Deque, Dict, Iterator, List, Optional, Tuple
 
-from e80_agent import interpreter, tenant
+from e80_agent import interpreter, launch
 from e80_agent.fork import receive_fds
 from e80_agent.loop import Loop, Timer
 
 Spare = Tuple[int, socket.socket]
 OnSpare = Callable[[int, socket.socket], None]
 OnExit = Callable[[int, float, int], None]
-
-# The first entry of the path would be the working directory: it is taken away before anything is imported.
-_START = (
-    "import sys; sys.path[0] = %r; from e80_agent import interpreter; del sys.path[0]; "
-    "interpreter.main(preload=%r, tenant_env=%r)"
-)
 
 _RESTART_DELAY_S = 0.2
 _RESTART_MAX_S = 5.0
@@ -51,11 +44,11 @@ class Interpreter:
     """One parent process and its children."""
 
     def __init__(
-        self, loop: Loop, preload: List[str], env: Dict[str, str], tenant_env: Dict[str, str]
+        self, loop: Loop, preload: List[str], extra_env: Dict[str, str], tenant_env: Dict[str, str]
     ) -> None:
         self._loop = loop
         self._preload = preload
-        self._env = env
+        self._extra_env = extra_env
         self._tenant_env = tenant_env
         self._sock: Optional[socket.socket] = None
         self._spares: Deque[Spare] = collections.deque()
@@ -68,24 +61,20 @@ class Interpreter:
         self.pid: Optional[int] = None
         self.ready = False
 
-    def start(self) -> None:
+    def start(self, launched: Optional[Tuple[int, int]] = None) -> None:
+        """Launches the parent, or takes one that was launched before there was a loop."""
         if self.pid is not None:
             return
         self._stopped = False
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ours.setblocking(False)
-        with theirs:
-            try:
-                self.pid = os.fork()
-            except OSError:
-                # No room for a process, which tenant code can bring about; it cannot last.
-                ours.close()
-                self._loop.call_later(_RESTART_DELAY_S, self.start)
-                return
-            if self.pid == 0:
-                self._exec(theirs)
-        self._sock = ours
-        self._loop.set_reader(ours.fileno(), self._readable)
+        try:
+            self.pid, control = launched or launch.launch(self._preload, self._extra_env, self._tenant_env)
+        except OSError:
+            # No room for a process, which tenant code can bring about; it cannot last.
+            self._loop.call_later(_RESTART_DELAY_S, self.start)
+            return
+        self._sock = socket.socket(fileno=control)
+        self._sock.setblocking(False)
+        self._loop.set_reader(control, self._readable)
         self._loop.on_exit(self.pid, lambda _pid, _status, _usage: self._died())
 
     def stop(self) -> None:
@@ -117,19 +106,6 @@ class Interpreter:
             yield self.pid
         for pid, _ in self._spares:
             yield pid
-
-    def _exec(self, control: socket.socket) -> None:
-        # The child of the fork in start(): becomes the parent interpreter or dies.
-        try:
-            tenant.default_signals()
-            null = os.open("/dev/null", os.O_RDWR)
-            tenant.keep_only([null, null, 2, control.fileno()])
-            os.chdir("/")
-            here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-            code = _START % (here, self._preload, self._tenant_env)
-            os.execve(sys.executable, [sys.executable, "-B", "-c", code], self._env)
-        finally:
-            os._exit(127)
 
     def _ask_for_fork(self) -> None:
         if self._sock is not None:
@@ -206,17 +182,14 @@ class Interpreter:
 class Interpreters:
     """The bare parent, always there, and the warm one, started when it is worth its memory."""
 
-    def __init__(self, loop: Loop, base_env: Dict[str, str]) -> None:
-        env = {key: value for key, value in base_env.items() if not key.startswith("PYTHON")}
-        # No user site-packages: a .pth file there would be tenant code in a process of root.
-        env["HOME"] = "/nonexistent"
-        self.bare = Interpreter(loop, [], env, base_env)
-        self.warm = Interpreter(loop, WARM_MODULES, dict(env, **_ONE_THREAD), base_env)
+    def __init__(self, loop: Loop, base_env: Dict[str, str], launched: Tuple[int, int]) -> None:
+        self.bare = Interpreter(loop, [], {}, base_env)
+        self.warm = Interpreter(loop, WARM_MODULES, _ONE_THREAD, base_env)
         self._loop = loop
         self._warm_wanted = False
         self._warm_used = 0.0
         self._park_timer: Optional[Timer] = None
-        self.bare.start()
+        self.bare.start(launched)
 
     def choose(self, code: bytes) -> Interpreter:
         """The parent to fork `code` from. A plain search for the names: parsing hostile code in PID 1 is

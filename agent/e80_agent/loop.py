@@ -82,6 +82,7 @@ class Loop:
             self._guarded(self._reap)
 
     def run(self) -> None:
+        self._guarded(self._reap)  # a child may have ended before we watched
         while True:
             for fd, events in self._poll():
                 if events & ~select.EPOLLOUT and fd in self._readers:

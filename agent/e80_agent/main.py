@@ -7,9 +7,9 @@ import os
 import signal
 import sys
 import time
-from typing import Any, Dict, Iterator
+from typing import Any, Dict, Iterator, Tuple
 
-from e80_agent import ops, tenant
+from e80_agent import launch, ops, tenant
 from e80_agent.execs import Execs
 from e80_agent.interpreters import Interpreters
 from e80_agent.link import Connection, Link
@@ -19,13 +19,13 @@ from e80_agent.loop import Loop
 class Agent:
     """What the operations work with."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, launched: Tuple[int, int]) -> None:
         with open(os.path.join(folder, "config.json"), "rb") as file:
             config: Dict[str, Any] = json.loads(file.read())
         self.started = time.monotonic()
         self.loop = Loop()
-        self.tenant = tenant.Tenant(config, tenant.base_environment(dict(os.environ)))
-        self.interpreters = Interpreters(self.loop, self.tenant.base_env)
+        self.tenant = tenant.Tenant(config, launch.base_environment(dict(os.environ)))
+        self.interpreters = Interpreters(self.loop, self.tenant.base_env, launched)
         self.execs = Execs(self.loop, self.tenant, self.own_pids)
         self.link = Link(
             self.loop, os.path.join(folder, "agent.sock"), bytes.fromhex(config["key"]), self._request
@@ -55,11 +55,12 @@ class Agent:
             connection.fail("start_failed", "%s: %s" % (header.get("op"), error.strerror))
 
 
-def main(folder: str) -> None:
-    """Serves until the container ends. `folder` holds config.json and agent.sock, read-only."""
+def main(folder: str, launched: Tuple[int, int]) -> None:
+    """Serves until the container ends. `folder` holds config.json and agent.sock, read-only; `launched` is
+    what launch_first() gave."""
     os.umask(0o077)
     os.chdir("/")
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: os._exit(0))
     sys.stdin.close()
-    Agent(folder).serve()
+    Agent(folder, launched).serve()

@@ -8,7 +8,9 @@ import resource
 import signal
 from typing import Any, Dict, List, Optional
 
-HOME = "/home/user"
+from e80_agent import launch
+
+HOME = launch.HOME
 
 # Group ids from here up mark which exec a process belongs to. Only CAP_SETGID can drop a supplementary
 # group, and a tenant has no capability, so setsid, double forks and exec keep the mark: see sweep.py.
@@ -30,19 +32,6 @@ class Tenant:
         env = dict(self.base_env)
         env.update(extra)
         return env
-
-
-def base_environment(image_env: Dict[str, str]) -> Dict[str, str]:
-    """The image's own variables and those every program expects to find."""
-    env = dict(image_env)
-    env.pop("HOSTNAME", None)
-    env.update(HOME=HOME, USER="user", LOGNAME="user", SHELL="/bin/bash")
-    env.setdefault("LANG", "C.UTF-8")
-    env.setdefault("TMPDIR", "/tmp")
-    path = env.get("PATH") or "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-    local = HOME + "/.local/bin"
-    env["PATH"] = path if local in path.split(":") else local + ":" + path
-    return env
 
 
 def become(uid: int, gid: int, tag: Optional[int], max_processes: int) -> None:

@@ -36,8 +36,10 @@ _MAX_SHM_MB = 64
 _BOOT = f"""
 import sys
 sys.path.insert(0, {AGENT_TARGET!r})
+from e80_agent.launch import launch_first
+launched = launch_first()
 from e80_agent.main import main
-main({LINK_TARGET!r})
+main({LINK_TARGET!r}, launched)
 """
 
 # Docker's own list, and what says something about the host that no program needs.
