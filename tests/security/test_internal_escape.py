@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from tests.conftest import Daemon
-from tests.security.arena import Box, until
+from tests.conftest import IMAGE, Daemon
+from tests.security.arena import SYSCALLS, Box, until
 
 pytestmark = pytest.mark.docker
 
@@ -24,12 +24,20 @@ def targets():
     return found
 """
 
+HELPERS = """
+def fail(answer):
+    if answer != "OK":
+        raise OSError(getattr(errno, answer), "")
+QUEUED = ctypes.create_string_buffer(128)
+QUEUED[8:12] = bytes([255]) * 4  # SI_QUEUE: the code of a signal that a user sends
+"""
+
 ON_PROCESSES = {
     "SIGKILL": "os.kill(pid, 9)",
     "SIGSTOP": "os.kill(pid, 19)",
     "no signal": "os.kill(pid, 0)",
     "signal by a descriptor": "fail(call(424, os.pidfd_open(pid), 9, 0, 0))",
-    "queued signal": "fail(call(129, pid, 9, ctypes.addressof(ctypes.create_string_buffer(128))))",
+    "queued signal": "fail(call(129, pid, 9, ctypes.addressof(QUEUED)))",
     "signal to the thread": "fail(call(234, pid, pid, 9))",
     "memory": "open('/proc/%d/mem' % pid, 'rb')",
     "memory, to write": "open('/proc/%d/mem' % pid, 'wb')",
@@ -53,7 +61,7 @@ ON_PROCESSES = {
     "priority": "os.setpriority(os.PRIO_PROCESS, pid, 19)",
     "limits": "__import__('resource').prlimit(pid, 7, (1, 1))",
     "input/output priority": "fail(call(251, 1, pid, 0))",
-    "address book of futexes": "fail(call(274, pid, 1, 1))",
+    "robust futexes": "fail(call(274, pid, ctypes.addressof(QUEUED), ctypes.addressof(QUEUED) + 8))",
 }
 
 
@@ -62,10 +70,8 @@ def test_nothing_can_be_done_to_the_agent(attacker, attack):
     """PID 1, the parent interpreters and the children forked ahead: all root's, all out of reach."""
     answers = attacker.ask(
         TARGETS
+        + HELPERS
         + f"""
-def fail(answer):
-    if answer != "OK":
-        raise OSError(getattr(errno, answer), "")
 def strike(pid):
     {ON_PROCESSES[attack]}
 answers = {{}}
@@ -79,6 +85,36 @@ print(json.dumps([answers, attempt(strike, os.getppid())]))
     assert "1" in answers
     assert len(answers) >= 3
     assert set(answers.values()) <= {"EPERM", "EACCES"}, answers
+
+
+def test_the_same_can_be_done_where_nothing_holds_it(engine):
+    """The attacks bite: without our walls, and with one uid for both sides, next to all of them succeed."""
+    strikes = "".join(f"    def s{n}(pid): {attack}\n" for n, attack in enumerate(ON_PROCESSES.values()))
+    code = f"""
+import signal, time
+if True:
+{strikes}
+answers = []
+for number in range({len(ON_PROCESSES)}):
+    pid = os.fork()
+    if pid == 0:
+        while True: signal.pause()
+    answers.append(attempt(locals()["s%d" % number], pid))
+    os.kill(pid, signal.SIGKILL)
+    os.wait()
+print(json.dumps(answers))
+"""
+    output = engine.containers.run(
+        IMAGE,
+        ["python3", "-c", SYSCALLS + HELPERS + code],
+        user="0:0",
+        cap_add=["SYS_PTRACE"],
+        security_opt=["seccomp=unconfined"],
+        remove=True,
+    )
+    refused = [name for name, answer in zip(ON_PROCESSES, json.loads(output), strict=True) if answer != "OK"]
+    # Reading a stack needs SYS_ADMIN, also of one's own.
+    assert set(refused) <= {"stack"}, refused
 
 
 def test_the_agent_survived_all_that(arena):

@@ -8,7 +8,7 @@ pytestmark = pytest.mark.docker
 
 # Lives in the neighbour for as long as the attacker tries; each line is something to be found.
 BAIT = """
-import ctypes, os, socket, sys, time
+import ctypes, os, socket, time
 listener = socket.socket(); listener.bind(("127.0.0.1", 31337)); listener.listen()
 abstract = socket.socket(socket.AF_UNIX); abstract.bind("\\0e80-bait"); abstract.listen()
 libc = ctypes.CDLL(None)
@@ -18,15 +18,13 @@ open("/dev/shm/e80-bait", "w").close()
 open("/tmp/e80-bait", "w").close()
 open("/home/user/e80-bait", "w").close()
 assert segment >= 0 and queue >= 0
-print("ready", flush=True)
-sys.stdin.read()
-time.sleep(60)
+while os.path.exists("/home/user/e80-bait"): time.sleep(0.05)
 """
 
 
 @pytest.fixture
 def bait(neighbour):
-    running = neighbour.in_background(BAIT, timeout_s=8)
+    running = neighbour.in_background(BAIT, timeout_s=30)
     assert until(
         lambda: (
             neighbour.client.get(
@@ -37,8 +35,8 @@ def bait(neighbour):
         5,
     )
     yield
-    neighbour.run(command="rm -f e80-bait /tmp/e80-bait /dev/shm/e80-bait; pkill -f e80-bait || true")
-    running.result()
+    neighbour.run(command="rm -f e80-bait /tmp/e80-bait /dev/shm/e80-bait /dev/mqueue/e80-bait")
+    assert running.result()["status"] == "completed"
 
 
 FIND = """

@@ -2,6 +2,9 @@
 
 import pytest
 
+from tests.security.arena import until
+from tests.security.conftest import new_box
+
 pytestmark = pytest.mark.docker
 
 VANDALISM = {
@@ -25,6 +28,30 @@ def test_a_tenant_can_repair_what_it_has_broken(arena, kind):
     arena.attacker.exec(code="print(1)", timeout_s=10)
     repaired = arena.attacker.run(command=["/bin/sh", "-c", REPAIR], cwd="/tmp", timeout_s=10)
     assert repaired["status"] == "completed", repaired
+    arena.assert_unharmed()
+
+
+def test_a_sandbox_that_starves_its_own_agent_ends_and_says_why(arena, engine):
+    """Not contained: memory that is nobody's (a file in memory) and a score as low as the agent's leave the
+    kernel with the agent as the largest process. It ends this sandbox, and nothing else."""
+    box = new_box(arena.client, engine, memory_size_mb=256)
+    running = box.in_background(
+        """
+import os, signal, time
+open("/proc/self/oom_score_adj", "w").write("500")
+fd = os.memfd_create("x")
+while True:
+    try: os.write(fd, b"x" * (1 << 20))
+    except OSError: pass
+""",
+        timeout_s=20,
+    )
+    assert running.result()["status"] in ("oom", "killed", "timed_out", "lost")
+    assert until(lambda: box.status() in ("running", "failed"), 20)
+    facts = arena.client.get(f"/v1/sandboxes/{box.id}").json()
+    if facts["status"] == "failed":
+        assert facts["termination_reason"] == "oom"
+    arena.client.post(f"/v1/sandboxes/{box.id}/stop")
     arena.assert_unharmed()
 
 

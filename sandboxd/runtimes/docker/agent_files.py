@@ -76,7 +76,7 @@ class AgentFiles:
                 await asyncio.to_thread(_finish, partial, target)
             finally:
                 await asyncio.to_thread(shutil.rmtree, partial, True)
-        facts = json.loads((target / "image.json").read_bytes()[:_MAX_OUTPUT])
+        facts = _read_facts(target / "image.json")
         if not facts.get("ok"):
             raise ImageUnusableError(
                 f"image {ref!r} has Python {str(facts.get('python'))[:20]}; the agent needs 3.8 or newer",
@@ -153,6 +153,16 @@ def _content_hash(source: Path) -> str:
         digest.update(f"{path.relative_to(source)}\0".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def _read_facts(path: Path) -> dict[str, Any]:
+    """What the image's Python wrote, which is the image's word: bounded, and anything else is nothing."""
+    try:
+        with path.open("rb") as file:
+            facts = json.loads(file.read(_MAX_OUTPUT))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def _copy(source: Path, target: Path) -> None:
