@@ -1,5 +1,6 @@
 """What tests share: a real daemon on a real engine, and the rule when a Docker test may be skipped."""
 
+import itertools
 import os
 import shutil
 import signal
@@ -19,6 +20,7 @@ import pytest
 REQUIRED = os.environ.get("E80_REQUIRE_DOCKER") == "1"
 IMAGE = "e80/default:latest"
 START_S = 30
+_daemons = itertools.count()
 
 
 @dataclass
@@ -136,6 +138,8 @@ class _daemon:
             SANDBOXD_STATE_DIR=str(root / "state"),
             SANDBOXD_RUN_DIR=str(root / "run"),
             SANDBOXD_PORT=str(_free_port()),
+            # Limits count per uid of the host: another installation's sandboxes must not share ours.
+            SANDBOXD_FIRST_UID=str(1_000_000 + os.getpid() % 32768 * 10_000 + next(_daemons) % 10 * 1000),
             SANDBOXD_DOCKER_URL=os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock"),
         )
         key = _run(env, "create-key", "--name", "tests")

@@ -1,4 +1,4 @@
-"""PID 1 of a sandbox: reads its configuration, starts the interpreters and the link, and serves."""
+"""PID 1 of a sandbox: reads its configuration, starts the agent and its link, and serves."""
 
 from __future__ import annotations
 
@@ -6,53 +6,11 @@ import json
 import os
 import signal
 import sys
-import time
-from typing import Any, Dict, Iterator, Tuple
+from typing import Any, Dict, Tuple
 
-from e80_agent import launch, ops, tenant
-from e80_agent.execs import Execs
-from e80_agent.interpreters import Interpreters
+from e80_agent import ops
+from e80_agent.agent import Agent
 from e80_agent.link import Connection, Link
-from e80_agent.loop import Loop
-
-
-class Agent:
-    """What the operations work with."""
-
-    def __init__(self, folder: str, launched: Tuple[int, int]) -> None:
-        with open(os.path.join(folder, "config.json"), "rb") as file:
-            config: Dict[str, Any] = json.loads(file.read())
-        self.started = time.monotonic()
-        self.loop = Loop()
-        self.tenant = tenant.Tenant(config, launch.base_environment(dict(os.environ)))
-        self.interpreters = Interpreters(self.loop, self.tenant.base_env, launched)
-        self.execs = Execs(self.loop, self.tenant, self.own_pids)
-        self.link = Link(
-            self.loop, os.path.join(folder, "agent.sock"), bytes.fromhex(config["key"]), self._request
-        )
-
-    def serve(self) -> None:
-        self.link.start()
-        self.loop.run()
-
-    def own_pids(self) -> Iterator[int]:
-        """Processes that are ours, so that a sweep need not look at them."""
-        yield os.getpid()
-        yield from self.interpreters.pids()
-
-    def _request(self, connection: Connection, header: Dict[str, Any], body: bytes) -> None:
-        operation = ops.OPERATIONS.get(str(header.get("op")))
-        self.link.used(connection)
-        if operation is None:
-            connection.fail("unknown_operation", "this agent knows %s" % ", ".join(sorted(ops.OPERATIONS)))
-            return
-        try:
-            operation(self, connection, header, body)
-        except (KeyError, TypeError, ValueError) as error:
-            connection.fail("bad_request", "%s: %r" % (header.get("op"), error))
-        except OSError as error:
-            # Out of processes or descriptors: this request fails, the agent goes on.
-            connection.fail("start_failed", "%s: %s" % (header.get("op"), error.strerror))
 
 
 def main(folder: str, launched: Tuple[int, int]) -> None:
@@ -63,4 +21,14 @@ def main(folder: str, launched: Tuple[int, int]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: os._exit(0))
     sys.stdin.close()
-    Agent(folder, launched).serve()
+    with open(os.path.join(folder, "config.json"), "rb") as file:
+        config: Dict[str, Any] = json.loads(file.read())
+    agent = Agent(config, launched)
+
+    def request(connection: Connection, header: Dict[str, Any], body: bytes) -> None:
+        link.used(connection)
+        ops.serve(agent, connection, header, body)
+
+    link = Link(agent.loop, os.path.join(folder, "agent.sock"), bytes.fromhex(config["key"]), request)
+    link.start()
+    agent.loop.run()

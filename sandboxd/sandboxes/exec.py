@@ -245,7 +245,8 @@ def _refused(error: AgentRefusedError) -> list[Event]:
     if code is not None:
         said = Output(is_stderr=True, data=f"{error.message}\n".encode())
         return [said, Outcome("exit", code, None, False, None, 0.0, 0.0, 0)]
-    if error.agent_code == "busy":
+    if error.agent_code in ("busy", "start_failed"):
+        # At its limit of execs, or of processes: what it runs already is in the way.
         raise BusyError(error.message) from error
     if error.agent_code == "cwd_not_found":
         raise BadRequestError(error.message, param="cwd", code="cwd_not_found") from error

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any, Dict
+
+from e80_agent.agent import Agent
+from e80_agent.link import Connection
 from e80_agent.ops import attach, command, files, hello, python, signals, warm
 
 OPERATIONS = {
@@ -14,3 +18,18 @@ OPERATIONS = {
     "read_file": files.read_file,
     "write_file": files.write_file,
 }
+
+
+def serve(agent: Agent, connection: Connection, header: Dict[str, Any], body: bytes) -> None:
+    """Does what one request asks for, or answers why not."""
+    operation = OPERATIONS.get(str(header.get("op")))
+    if operation is None:
+        connection.fail("unknown_operation", "this agent knows %s" % ", ".join(sorted(OPERATIONS)))
+        return
+    try:
+        operation(agent, connection, header, body)
+    except (KeyError, TypeError, ValueError) as error:
+        connection.fail("bad_request", "%s: %r" % (header.get("op"), error))
+    except OSError as error:
+        # Out of processes or descriptors: this request fails, the agent goes on.
+        connection.fail("start_failed", "%s: %s" % (header.get("op"), error.strerror))

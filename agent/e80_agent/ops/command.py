@@ -5,14 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from typing import TYPE_CHECKING, Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional
 
 from e80_agent import tenant
+from e80_agent.agent import Agent
 from e80_agent.execs import MAX_RUNNING, Exec
-
-if TYPE_CHECKING:
-    from e80_agent.link import Connection
-    from e80_agent.main import Agent
+from e80_agent.link import Connection
 
 _START_ERRORS = {
     errno.ENOENT: "command_not_found",

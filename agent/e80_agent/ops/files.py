@@ -6,15 +6,13 @@ import errno
 import os
 import socket
 import stat
-from typing import TYPE_CHECKING, Any, Callable, Dict
+from typing import Any, Callable, Dict
 
 from e80_agent import protocol
+from e80_agent.agent import Agent
 from e80_agent.fork import run_as_tenant
+from e80_agent.link import Connection
 from e80_agent.tenant import HOME
-
-if TYPE_CHECKING:
-    from e80_agent.link import Connection
-    from e80_agent.main import Agent
 
 _CHUNK = 256 * 1024
 

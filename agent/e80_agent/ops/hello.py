@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING, Any, Dict
+from typing import Any, Dict
 
 from e80_agent import protocol
-
-if TYPE_CHECKING:
-    from e80_agent.link import Connection
-    from e80_agent.main import Agent
+from e80_agent.agent import Agent
+from e80_agent.link import Connection
 
 
 def hello(agent: Agent, connection: Connection, _header: Dict[str, Any], _body: bytes) -> None:

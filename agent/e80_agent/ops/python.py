@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from typing import TYPE_CHECKING, Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional
 
 from e80_agent import interpreters, runner
+from e80_agent.agent import Agent
 from e80_agent.execs import Exec
 from e80_agent.fork import send_fds
+from e80_agent.link import Connection
 from e80_agent.ops import command
-
-if TYPE_CHECKING:
-    from e80_agent.link import Connection
-    from e80_agent.main import Agent
 
 _SEND_S = 5.0
 

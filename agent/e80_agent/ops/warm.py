@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Dict
+from typing import Any, Dict
 
-if TYPE_CHECKING:
-    from e80_agent.link import Connection
-    from e80_agent.main import Agent
+from e80_agent.agent import Agent
+from e80_agent.link import Connection
 
 
 def warm(agent: Agent, connection: Connection, _header: Dict[str, Any], _body: bytes) -> None:
