@@ -98,7 +98,7 @@ def test_what_the_engine_was_told(attacker):
     assert config["RestartPolicy"]["Name"] in ("", "no")
     assert config["Memory"] == config["MemorySwap"] > 0
     assert config["PidsLimit"] > 0
-    assert config["NanoCpus"] > 0
+    assert config["CpuQuota"] > 0
     assert config["OomScoreAdj"] > 0
 
 
