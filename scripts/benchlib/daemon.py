@@ -18,6 +18,7 @@ from scripts.benchlib.figures import BenchError
 
 START_S = 60.0
 STOP_S = 40.0
+FIRST_UID = 300_000
 
 
 class Daemon:
@@ -34,6 +35,8 @@ class Daemon:
             SANDBOXD_STATE_DIR=str(self._state),
             SANDBOXD_RUN_DIR=str(self._root / "run"),
             SANDBOXD_PORT=str(_free_port()),
+            # The kernel counts some limits by uid: not those of another daemon on this host.
+            SANDBOXD_FIRST_UID=str(FIRST_UID),
         )
         self._process: subprocess.Popen[bytes] | None = None
         self.base_url = f"http://127.0.0.1:{self._env['SANDBOXD_PORT']}"

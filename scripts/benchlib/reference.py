@@ -106,23 +106,20 @@ def _command(folder: Path) -> list[str]:
     command += ["--user", config["User"], "--hostname", config["Hostname"], "--no-healthcheck"]
     command += ["--network", host["NetworkMode"], "--read-only", "--log-driver", host["LogConfig"]["Type"]]
     command += ["--ipc", host["IpcMode"], "--cgroupns", host["CgroupnsMode"]]
-    command += ["--cpus", str(_cpus(host)), "--pids-limit", str(host["PidsLimit"])]
+    command += ["--cpu-period", str(host["CpuPeriod"]), "--cpu-quota", str(host["CpuQuota"])]
+    command += ["--pids-limit", str(host["PidsLimit"])]
     command += ["--memory", str(host["Memory"]), "--memory-swap", str(host["MemorySwap"])]
     command += [f"--cap-drop={name}" for name in host["CapDrop"]]
     command += [f"--cap-add={name}" for name in host["CapAdd"]]
     command += [f"--security-opt={option}" for option in host["SecurityOpt"]]
     command += [f"--ulimit={limit['Name']}={limit['Soft']}:{limit['Hard']}" for limit in host["Ulimits"]]
+    command += [f"--sysctl={name}={value}" for name, value in host["Sysctls"].items()]
+    command += ["--oom-score-adj", str(host["OomScoreAdj"])]
     command += [f"--tmpfs={target}:{options}" for target, options in host["Tmpfs"].items()]
     for mount in host["Mounts"]:
         mode = "ro" if mount["ReadOnly"] else "rw"
         command.append(f"--volume={mount['Source']}:{mount['Target']}:{mode}")
     return [*command, config["Image"]]
-
-
-def _cpus(host: dict[str, Any]) -> float:
-    if "NanoCpus" in host:
-        return float(host["NanoCpus"]) / 1e9
-    return float(host["CpuQuota"]) / float(host["CpuPeriod"])
 
 
 def clean_up() -> None:
