@@ -17,6 +17,7 @@ class Group:
     memory: Path
     cpu: Path
     cpuacct: Path
+    shim_pid: int
 
     @classmethod
     def of(cls, container: str) -> "Group":
@@ -27,8 +28,8 @@ class Group:
             for controller in controllers.split(","):
                 paths[controller] = _ROOT / controller / path.lstrip("/")
         if "memory" in paths:
-            return cls(paths["memory"], paths["cpu"], paths["cpuacct"])
-        return cls(paths[""], paths[""], paths[""])
+            return cls(paths["memory"], paths["cpu"], paths["cpuacct"], _parent(pid))
+        return cls(paths[""], paths[""], paths[""], _parent(pid))
 
     def memory_mb(self) -> float:
         """What this container alone costs: anonymous and shared memory, and the kernel's own for it (page
@@ -38,6 +39,13 @@ class Group:
             kernel = int((self.memory / "memory.kmem.usage_in_bytes").read_text())
             return (facts["total_rss"] + facts["total_shmem"] + kernel) / 2**20
         return (facts["anon"] + facts["shmem"] + facts["kernel"]) / 2**20
+
+    def shim_mb(self) -> float:
+        """What the engine's own process for this container costs; pages shared with others count in part."""
+        for line in Path(f"/proc/{self.shim_pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) / 1024
+        raise BenchError(f"/proc/{self.shim_pid}/smaps_rollup has no Pss")
 
     def cpu_ms(self) -> float:
         usage = self.cpuacct / "cpuacct.usage"
@@ -50,18 +58,14 @@ class Group:
         return _table(self.cpu / "cpu.stat")["nr_throttled"]
 
 
-def available_mb() -> float:
-    """Memory of the host that new programs could have."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) / 1024
-    raise BenchError("/proc/meminfo has no MemAvailable")
-
-
 def process_cpu_ms(pid: int) -> float:
     """CPU time that a process, with all its threads, has used."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) * 1000 / os.sysconf("SC_CLK_TCK")
+
+
+def _parent(pid: str) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def _table(file: Path) -> dict[str, int]:
