@@ -83,7 +83,7 @@ print(json.dumps([answers, attempt(strike, os.getppid())]))
 """
     )[0]
     assert "1" in answers
-    assert len(answers) >= 3
+    assert len(answers) >= 2
     assert set(answers.values()) <= {"EPERM", "EACCES"}, answers
 
 
@@ -375,7 +375,7 @@ while True:
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
-def test_a_bomb_ends_at_its_timeout_and_others_run_meanwhile(arena, bomb):
+def test_a_bomb_ends_at_its_timeout_and_others_run_meanwhile(arena, bomb, daemon):
     running = arena.attacker.in_background(BOMBS[bomb], timeout_s=2.5)
     limit = arena.attacker.facts["HostConfig"]["PidsLimit"]
     peak = 0
@@ -389,7 +389,8 @@ def test_a_bomb_ends_at_its_timeout_and_others_run_meanwhile(arena, bomb):
     meanwhile = arena.attacker.run("print('still')", timeout_s=20)
     assert (meanwhile["status"], meanwhile["stdout"]) == ("completed", "still\n")
     result = running.result()
-    assert (result["status"], result["signal"]) == ("timed_out", "SIGKILL"), result
+    reasons = [line for line in daemon.log.splitlines() if "link_lost" in line]
+    assert (result["status"], result["signal"]) == ("timed_out", "SIGKILL"), (result, reasons)
     assert result["duration_ms"] < 2500 + 3000
     assert peak <= limit
     arena.assert_unharmed()
