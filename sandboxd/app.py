@@ -139,7 +139,9 @@ def _make_services(settings: Settings) -> Services:
         identity=IdentityService(db, clock),
         runtime=runtime,
         sandboxes=sandboxes,
-        execs=ExecService(settings=settings, clock=clock, metrics=metrics, tasks=tasks, live=sandboxes.live),
+        execs=ExecService(
+            settings=settings, clock=clock, metrics=metrics, tasks=tasks, live=sandboxes.live, runtime=runtime
+        ),
     )
     services.readiness["database"] = db.ping
     services.readiness["engine"] = runtime.ping

@@ -122,6 +122,9 @@ class Runtime(Protocol):
     def watch(self) -> AsyncIterator[Exited]:
         """Sandboxes that end by themselves, as they do; ends when the engine hangs up."""
 
+    async def limit_cpus(self, sandbox_id: str, cpus: float | None) -> None:
+        """Changes a running sandbox's share of CPU, in cores; None for as good as no limit."""
+
     def leftovers(self) -> set[str]:
         """Sandbox ids of which the driver still holds something on this host, alive or not."""
 

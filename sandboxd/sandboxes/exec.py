@@ -1,5 +1,6 @@
 """Runs code and commands in a sandbox and tells what came of it, at the end or as it happens."""
 
+import asyncio
 import base64
 import codecs
 import signal
@@ -19,6 +20,7 @@ from sandboxd.kit.ids import new_id
 from sandboxd.kit.metrics import Metrics
 from sandboxd.kit.settings import Settings
 from sandboxd.kit.tasks import TaskOwner
+from sandboxd.runtimes.base import Runtime
 from sandboxd.sandboxes.errors import BusyError, LimitError
 from sandboxd.sandboxes.live import LiveSandbox, LiveSandboxes
 from sandboxd.sandboxes.states import ExecStatus
@@ -26,6 +28,9 @@ from sandboxd.sandboxes.states import ExecStatus
 log = structlog.get_logger(__name__)
 
 HOME = "/home/user"
+# How late the agent may be before it gets help, and how long that lasts; agentlink gives up after both.
+OVERDUE_S = 0.25
+RELIEF_S = 25.0
 # What a shell answers for a program that is not there, or may not be run.
 _NOT_STARTED = {"command_not_found": 127, "command_not_executable": 126}
 _ENDED = {"timeout": ExecStatus.TIMED_OUT, "killed": ExecStatus.KILLED, "oom": ExecStatus.OOM}
@@ -47,13 +52,21 @@ class NewExec:
 
 class ExecService:
     def __init__(
-        self, *, settings: Settings, clock: Clock, metrics: Metrics, tasks: TaskOwner, live: LiveSandboxes
+        self,
+        *,
+        settings: Settings,
+        clock: Clock,
+        metrics: Metrics,
+        tasks: TaskOwner,
+        live: LiveSandboxes,
+        runtime: Runtime,
     ) -> None:
         self._settings = settings
         self._clock = clock
         self._metrics = metrics
         self._tasks = tasks
         self._live = live
+        self._runtime = runtime
 
     async def run(self, sandbox: LiveSandbox, wanted: NewExec) -> dict[str, Any]:
         """The result of the exec, as the API shows it."""
@@ -93,6 +106,8 @@ class ExecService:
 
     async def _events(self, sandbox: LiveSandbox, request: ExecRequest, run: "_Run") -> AsyncGenerator[Event]:
         sandbox.execs += 1
+        ended = asyncio.Event()
+        overdue = self._watch(sandbox, request, ended)
         try:
             async with aclosing(sandbox.agent.run(request)) as events:
                 async for event in events:
@@ -106,8 +121,41 @@ class ExecService:
             log.warning("exec.link_lost", sandbox_id=sandbox.id, exec_id=run.id, reason=error.message)
             run.status = ExecStatus.KILLED if gone else ExecStatus.LOST
         finally:
+            ended.set()
+            overdue.cancel()
             sandbox.execs -= 1
             sandbox.touch(self._clock.now())
+
+    def _watch(self, sandbox: LiveSandbox, request: ExecRequest, ended: asyncio.Event) -> asyncio.TimerHandle:
+        """Arms the help for an agent that does not end an exec at its deadline."""
+
+        def help_agent() -> None:
+            self._tasks.start(f"relieve {request.id}", self._relieve(sandbox, request.id, ended))
+
+        assert request.timeout_s is not None
+        return asyncio.get_running_loop().call_later(request.timeout_s + OVERDUE_S, help_agent)
+
+    async def _relieve(self, sandbox: LiveSandbox, exec_id: str, ended: asyncio.Event) -> None:
+        """Lets the agent out of the sandbox's CPU limit until the exec has ended. Hundreds of processes that
+        fork can use up the quota in the kernel alone, period after period, and leave the agent none of it."""
+        log.warning("exec.overdue", sandbox_id=sandbox.id, exec_id=exec_id)
+        try:
+            await self._runtime.limit_cpus(sandbox.id, None)
+            async with asyncio.timeout(RELIEF_S):
+                await ended.wait()
+        except TimeoutError:
+            log.warning("exec.still_overdue", sandbox_id=sandbox.id, exec_id=exec_id)
+        except SandboxdError as error:
+            log.warning("exec.relief_failed", sandbox_id=sandbox.id, exec_id=exec_id, reason=error.message)
+        finally:
+            if self._live.get(sandbox.id) is not None:
+                await self._restore(sandbox)
+
+    async def _restore(self, sandbox: LiveSandbox) -> None:
+        try:
+            await self._runtime.limit_cpus(sandbox.id, sandbox.cpus)
+        except SandboxdError as error:
+            log.warning("exec.limit_not_restored", sandbox_id=sandbox.id, reason=error.message)
 
     def _request(self, sandbox: LiveSandbox, wanted: NewExec, exec_id: str) -> ExecRequest:
         if sandbox.execs >= self._settings.max_execs:

@@ -12,6 +12,7 @@ class LiveSandbox:
     project_id: str
     agent: Agent
     env: dict[str, str]
+    cpus: float
     disk_size_mb: int
     last_active_at: float
     # On the host's monotonic clock; None for a sandbox without an absolute timeout.

@@ -290,6 +290,7 @@ class SandboxService:
             project_id=row.project_id,
             agent=self._agent(row.id),
             env=row.env,
+            cpus=self._cpus(row),
             disk_size_mb=row.disk_size_mb,
             last_active_at=row.last_active_at,
             deadline=deadline,
@@ -344,12 +345,15 @@ class SandboxService:
     def _agent(self, sandbox_id: str) -> Agent:
         return Agent(lambda timeout_s: self._runtime.dial(sandbox_id, timeout_s))
 
+    def _cpus(self, row: Sandbox) -> float:
+        return row.cpu_mhz / self._settings.reference_cpu_mhz
+
     def _spec(self, row: Sandbox) -> SandboxSpec:
         return SandboxSpec(
             id=row.id,
             project_id=row.project_id,
             image=row.image_digest,
-            cpus=row.cpu_mhz / self._settings.reference_cpu_mhz,
+            cpus=self._cpus(row),
             memory_mb=row.memory_size_mb,
             disk_mb=row.disk_size_mb,
             max_files=self._settings.max_files,

@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import os
 import tarfile
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -178,6 +179,24 @@ async def test_an_exec_id_never_runs_twice(runtime):
         await output(agent.run(request(code)))
     data, _ = await output(agent.run(request("print(open('count').read())", "exec_2")))
     assert data == b"x\n"
+
+
+async def test_the_share_of_cpu_can_be_lifted_and_put_back(runtime):
+    spec = await make_spec(runtime)
+    await runtime.create(spec)
+    agent = agent_of(runtime)
+    code = (
+        "import glob\n"
+        "v1 = '/sys/fs/cgroup/cpu/cpu.cfs_quota_us'\n"
+        "print(open(v1 if glob.glob(v1) else '/sys/fs/cgroup/cpu.max').read().split()[0])"
+    )
+    limits = []
+    for number, cpus in enumerate((None, 0.5, spec.cpus)):
+        await runtime.limit_cpus(SANDBOX, cpus)
+        data, _ = await output(agent.run(request(code, f"exec_{number}")))
+        limits.append(int(data))
+    assert limits[0] > 50_000 * (os.cpu_count() or 1)
+    assert limits[1:] == [25_000, 50_000]
 
 
 async def test_images_that_cannot_serve_are_told_apart(runtime, engine):

@@ -236,6 +236,15 @@ class DockerRuntime:
             raise AgentUnreachableError(f"sandbox {sandbox_id} is not served by this daemon")
         return await link.dial(timeout_s)
 
+    async def limit_cpus(self, sandbox_id: str, cpus: float | None) -> None:
+        # More than the host has: the engine knows no way to take a quota away again.
+        quota = container.cpu_quota_us(cpus if cpus is not None else (os.cpu_count() or 1) + 1)
+        await self._engine.call(
+            lambda client: client.update_container(
+                sandbox_id, cpu_period=container.CPU_PERIOD_US, cpu_quota=quota
+            )
+        )
+
     def leftovers(self) -> set[str]:
         """Ids of which something is left on this host: a workspace or a link folder."""
         return {*self._workspaces.list(), *os.listdir(self._links_dir)}

@@ -1,17 +1,24 @@
 """What an exec tells its client: text decoded across cuts, names of signals, refusals as results."""
 
+import asyncio
 import base64
 import itertools
+from collections.abc import AsyncGenerator
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sandboxd.agentlink.client import Failure, Outcome, Output
+from sandboxd.agentlink.client import Event, Failure, Outcome, Output
 from sandboxd.agentlink.errors import AgentRefusedError
+from sandboxd.kit.clock import SystemClock
 from sandboxd.kit.errors import BadRequestError
+from sandboxd.kit.metrics import Metrics
+from sandboxd.kit.settings import Settings
+from sandboxd.kit.tasks import TaskOwner
 from sandboxd.sandboxes.errors import BusyError
-from sandboxd.sandboxes.exec import _Decoder, _refused, _Run
+from sandboxd.sandboxes.exec import ExecService, NewExec, _Decoder, _refused, _Run
+from sandboxd.sandboxes.live import LiveSandbox, LiveSandboxes
 
 
 def outcome(reason: str = "exit", exit_code: int | None = 0, number: int | None = None) -> Outcome:
@@ -65,6 +72,50 @@ def test_statuses_and_signals(end: Outcome, status: str, signal: str | None) -> 
     assert result["stdout"] == "a\ufffd"
     assert result["error"] == {"name": "E", "value": "v", "traceback": "t"}
     assert result["usage"] == {"cpu_ms": 0.5, "max_rss_mb": 2.0}
+
+
+class StarvedAgent:
+    """Ends an exec only once somebody has lifted the sandbox's CPU limit."""
+
+    def __init__(self, lifted: asyncio.Event) -> None:
+        self.lifted = lifted
+
+    async def run(self, _request: object) -> AsyncGenerator[Event]:
+        await self.lifted.wait()
+        yield outcome("timeout", None, 9)
+
+
+class Quotas:
+    """A runtime that writes down the limits it is asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[float | None] = []
+        self.lifted = asyncio.Event()
+        self.restored = asyncio.Event()
+
+    async def limit_cpus(self, _sandbox_id: str, cpus: float | None) -> None:
+        self.asked.append(cpus)
+        (self.lifted if cpus is None else self.restored).set()
+
+
+async def test_an_agent_that_is_late_is_let_out_of_the_cpu_limit(settings: Settings) -> None:
+    runtime, live = Quotas(), LiveSandboxes()
+    agent = StarvedAgent(runtime.lifted)
+    sandbox = LiveSandbox("sbx_1", "proj_1", agent, {}, 0.5, 64, 0.0, None)  # type: ignore[arg-type]  # a fake
+    live.add(sandbox)
+    async with TaskOwner() as tasks:
+        service = ExecService(
+            settings=settings,
+            clock=SystemClock(),
+            metrics=Metrics(),
+            tasks=tasks,
+            live=live,
+            runtime=runtime,  # type: ignore[arg-type]  # a fake
+        )
+        result = await service.run(sandbox, NewExec(code="bomb", timeout_s=0.01))
+        await asyncio.wait_for(runtime.restored.wait(), 10)
+    assert result["status"] == "timed_out"
+    assert runtime.asked == [None, 0.5]
 
 
 def test_a_run_without_an_end_is_lost() -> None:
