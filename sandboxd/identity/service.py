@@ -1,6 +1,5 @@
 """Rules of identity: who a key is, and how keys are made and revoked. Look-ups are cached in memory."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from sandboxd.identity import store
@@ -44,7 +43,6 @@ class IdentityService:
         self._cache: dict[str, tuple[Principal, float]] = {}
         self._revocations = 0
         self._last_used: dict[str, float] = {}
-        self._on_revoke: list[Callable[[str], None]] = []
 
     async def authenticate(self, key: str) -> Principal:
         """The key's Principal, or UnauthorizedError. No query for a cached key, nor for a malformed one."""
@@ -106,21 +104,13 @@ class IdentityService:
             row = await store.find_key(session, project_id, key_id)
             if row is None:
                 raise KeyNotFoundError(key_id)
-            first_time = row.revoked_at is None
-            if first_time:
+            if row.revoked_at is None:
                 row.revoked_at = self._clock.now()
                 session.add(row)
         # Also on a repeat: it costs nothing, and repairs a first call that died right after its commit.
         self._revocations += 1
         self._cache.pop(row.secret_sha256, None)
-        if first_time:
-            for callback in self._on_revoke:
-                callback(row.id)
         return self._fresh(row)
-
-    def on_revoke(self, callback: Callable[[str], None]) -> None:
-        """Have `callback(key_id)` called after each revocation, on the loop: it must not block or raise."""
-        self._on_revoke.append(callback)
 
     async def flush_last_used(self) -> None:
         """Write down when keys were last used. A job calls this; requests only note the time in memory."""
