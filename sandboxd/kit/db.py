@@ -7,13 +7,17 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from typing import Any, ClassVar
 
+import structlog
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import Connection, MetaData, event, make_url, text
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
 from sqlalchemy.pool import NullPool
 from sqlmodel import SQLModel
 from sqlmodel.ext.asyncio.session import AsyncSession
+
+from sandboxd.kit.errors import UnavailableError
 
 MIGRATIONS = "sandboxd:migrations"
 READERS = 4
@@ -28,6 +32,15 @@ NAMING_CONVENTION = {
     "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
     "pk": "pk_%(table_name)s",
 }
+
+
+log = structlog.get_logger(__name__)
+
+
+class StoreUnavailableError(UnavailableError):
+    """Nothing was written; what is stored can still be read."""
+
+    code = "store_unavailable"
 
 
 class Table(SQLModel):
@@ -58,8 +71,15 @@ class Database:
     @asynccontextmanager
     async def write(self) -> AsyncIterator[AsyncSession]:
         """The one writing session: commits on exit, rolls back on any error. Await nothing slow inside."""
-        async with self._write_lock, self._write_session() as session, session.begin():
-            yield session
+        try:
+            async with self._write_lock, self._write_session() as session, session.begin():
+                yield session
+        except OperationalError as error:
+            log.error("store cannot be written", reason=str(error.orig))
+            raise StoreUnavailableError(
+                f"The store cannot be written: {error.orig}. Free some space if the server's disk is full, "
+                "then try again."
+            ) from error
 
     async def migrate(self) -> None:
         """Bring the schema up to date. Safe to run in two processes at once, and again."""

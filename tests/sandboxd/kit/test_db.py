@@ -5,7 +5,7 @@ from sqlalchemy.exc import DatabaseError, IntegrityError
 from sqlmodel import select, text
 
 from sandboxd.identity.models import ApiKey, Organization
-from sandboxd.kit.db import Database
+from sandboxd.kit.db import Database, StoreUnavailableError
 
 
 def organization(number: int) -> Organization:
@@ -32,6 +32,18 @@ async def test_the_pragmas_hold_on_every_connection(db):
 async def test_a_write_is_committed_on_exit(db):
     async with db.write() as session:
         session.add(organization(1))
+    assert await slugs(db) == ["slug-1"]
+
+
+async def test_a_full_disk_is_said_and_reading_goes_on(db):
+    async with db.write() as session:
+        session.add(organization(1))
+        # Stands in for the disk's end: the file may grow no further.
+        pages = (await session.exec(text("PRAGMA page_count"))).scalar()
+        await session.exec(text(f"PRAGMA max_page_count = {pages}"))
+    with pytest.raises(StoreUnavailableError, match="full"):
+        async with db.write() as session:
+            session.add_all([organization(number) for number in range(2, 2000)])
     assert await slugs(db) == ["slug-1"]
 
 
