@@ -30,8 +30,8 @@ def test_writing_again_replaces_and_keeps_the_mode(client, sandbox_id):
     result = client.post(f"/v1/sandboxes/{sandbox_id}/exec", json={"command": ["./run.sh"]}).json()
     assert (result["status"], result["exit_code"]) == ("failed", 126)  # no interpreter line, but executable
     result = client.post(f"/v1/sandboxes/{sandbox_id}/exec", json={"command": "./run.sh; ls -A"}).json()
-    assert result["stdout"].split() == ["two", ".bash_history", "run.sh"] or "two" in result["stdout"]
-    assert ".part" not in result["stdout"]
+    # Nothing but the file: what it was written to first has taken its name.
+    assert result["stdout"].split() == ["two", "run.sh"]
 
 
 def test_an_empty_file(client, sandbox_id):
@@ -70,10 +70,19 @@ def test_a_path_below_a_file_says_so(client, sandbox_id):
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "not_directory")
 
 
-@pytest.mark.parametrize("path", ["/etc/passwd", "/opt/e80/x", "/run/e80/x", "../../usr/bin/x", "/proc/x"])
-def test_nothing_outside_the_workspace_can_be_written(client, sandbox_id, path):
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/etc/passwd", 403),
+        ("/opt/e80/x", 403),
+        ("/run/e80/x", 403),
+        ("../../usr/bin/x", 403),
+        ("/proc/x", 404),
+    ],
+)
+def test_nothing_outside_the_workspace_can_be_written(client, sandbox_id, path, status):
     answer = client.put(url(sandbox_id), params={"path": path}, content=b"x")
-    assert answer.status_code in (400, 403, 404)
+    assert answer.status_code == status, answer.text
     assert repr(path)[:-1] in answer.json()["error"]["message"]
 
 
