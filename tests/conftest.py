@@ -138,6 +138,8 @@ class _daemon:
             SANDBOXD_STATE_DIR=str(root / "state"),
             SANDBOXD_RUN_DIR=str(root / "run"),
             SANDBOXD_PORT=str(_free_port()),
+            # A pool would start containers that most tests have no use for.
+            SANDBOXD_POOL_MAX="0",
             # Limits count per uid of the host: another installation's sandboxes must not share ours.
             SANDBOXD_FIRST_UID=str(1_000_000 + os.getpid() % 32768 * 10_000 + next(_daemons) % 10 * 1000),
             SANDBOXD_DOCKER_URL=os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock"),

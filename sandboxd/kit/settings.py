@@ -72,6 +72,43 @@ class Settings(BaseSettings):
     exec_spool_mb: int = Field(
         64, ge=0, description="Output of an exec kept in a file of the sandbox beyond that."
     )
+    pool_size: int = Field(
+        4, ge=0, le=500, description="Sandboxes of the default image and size kept ready to be claimed."
+    )
+    pool_max: int = Field(
+        16,
+        ge=0,
+        le=500,
+        description="Most sandboxes kept ready, of all images and sizes together; 0 switches the pool off.",
+    )
+    quota_sandboxes: int = Field(
+        0, ge=0, description="Sandboxes a project may have alive at once; 0 for no limit of its own."
+    )
+    quota_cpu_mhz: int = Field(0, ge=0, description="CPU of a project's sandboxes together; 0 for no limit.")
+    quota_memory_size_mb: int = Field(
+        0, ge=0, description="Memory of a project's sandboxes together; 0 for no limit."
+    )
+    min_free_memory_mb: int = Field(
+        1024, ge=0, description="No sandbox is started when the host has less memory available."
+    )
+    min_free_disk_mb: int = Field(
+        2048, ge=0, description="No sandbox is started when the state folder's disk has less room."
+    )
+    min_free_processes: int = Field(
+        2048, ge=0, description="No sandbox is started when the host has fewer process ids left."
+    )
+    min_free_inotify: int = Field(
+        16, ge=0, description="No sandbox is started when root has fewer inotify instances left."
+    )
+    admission_wait_s: float = Field(
+        10, ge=0, description="Time a create waits for room on the host before it is refused."
+    )
+    history_days: float = Field(
+        30, gt=0, description="How long ended sandboxes, their execs and their events stay listed."
+    )
+    node_url: str = Field(
+        "", description="Where other daemons on the same store reach this one: `http://host:port`."
+    )
     metrics_public: bool = Field(False, description="Serve `/metrics` to peers other than loopback, too.")
 
     @field_validator("state_dir", "run_dir")

@@ -17,6 +17,7 @@ Handle = NewType("Handle", str)
 class Phase(StrEnum):
     CREATED = "created"
     RUNNING = "running"
+    PAUSED = "paused"
     EXITED = "exited"
     # The engine says that there is no such sandbox; an engine that does not answer raises instead.
     GONE = "gone"
@@ -27,7 +28,7 @@ class SandboxSpec:
     """All that a driver needs to make one sandbox. Sizes in MiB, CPU in cores."""
 
     id: str
-    project_id: str
+    project_id: str | None
     image: str
     cpus: float
     memory_mb: int
@@ -63,6 +64,14 @@ class Exited:
 
 
 @dataclass(frozen=True, slots=True)
+class Usage:
+    """What a sandbox has used since it was started, and uses now."""
+
+    cpu_s: float
+    memory_mb: float
+
+
+@dataclass(frozen=True, slots=True)
 class Image:
     """An image that sandboxes can start from: its content's digest, and the agent can run in it."""
 
@@ -87,6 +96,8 @@ class Capabilities:
     runtime: str
     isolation_level: int
     pause: bool = False
+    # Whether `update` can change the limits of a running sandbox.
+    update: bool = False
     snapshot: bool = False
     checks: Sequence[Check] = field(default_factory=tuple)
 
@@ -124,6 +135,22 @@ class Runtime(Protocol):
 
     async def limit_cpus(self, sandbox_id: str, cpus: float | None) -> None:
         """Changes a running sandbox's share of CPU, in cores; None for as good as no limit."""
+
+    async def update(self, sandbox_id: str, cpus: float, memory_mb: int) -> None:
+        """Changes a sandbox's limits while it runs, to both values or to neither. Raises LimitBelowUseError
+        when it uses more memory than `memory_mb` now, SpecRefusedError where this runtime cannot."""
+
+    async def pause(self, sandbox_id: str) -> None:
+        """Freezes all of its processes, memory kept, and hangs up its connections. Idempotent."""
+
+    async def resume(self, sandbox_id: str) -> None:
+        """Lets it go on; its agent dials again. Idempotent."""
+
+    async def usage(self, sandbox_id: str) -> Usage | None:
+        """Read from the kernel's own accounts, cheap enough for every claim; None for one that is not there."""
+
+    async def instance(self) -> str:
+        """Names this run of the engine: another name after the engine, or the host, was started again."""
 
     def leftovers(self) -> set[str]:
         """Sandbox ids of which the driver still holds something on this host, alive or not."""

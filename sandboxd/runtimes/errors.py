@@ -1,6 +1,6 @@
 """What can go wrong below the contract, as facts a caller can act on."""
 
-from sandboxd.kit.errors import BadRequestError, SandboxdError, UnavailableError
+from sandboxd.kit.errors import BadRequestError, ConflictError, SandboxdError, UnavailableError
 
 
 class EngineUnavailableError(UnavailableError):
@@ -35,3 +35,9 @@ class AgentUnreachableError(UnavailableError):
     """No connection to the sandbox's agent within the deadline."""
 
     code = "agent_unreachable"
+
+
+class LimitBelowUseError(ConflictError):
+    """A memory limit below what the sandbox uses now."""
+
+    code = "limit_below_use"

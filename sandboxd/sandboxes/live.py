@@ -9,7 +9,8 @@ from sandboxd.agentlink.client import Agent
 @dataclass(slots=True)
 class LiveSandbox:
     id: str
-    project_id: str
+    # None for a member of the pool.
+    project_id: str | None
     agent: Agent
     env: dict[str, str]
     cpus: float
@@ -17,6 +18,13 @@ class LiveSandbox:
     last_active_at: float
     # On the host's monotonic clock; None for a sandbox without an absolute timeout.
     deadline: float | None
+    idle_timeout_s: float | None = None
+    paused: bool = False
+    # Bytes that came in for it and went out from it, and execs that ended, since they were last metered.
+    bytes_in: int = 0
+    bytes_out: int = 0
+    execs_ended: int = 0
+    # Running execs and open transfers: a sandbox at work is not idle.
     execs: int = field(default=0)
     touched: bool = field(default=False)
 

@@ -5,13 +5,16 @@ from enum import StrEnum
 
 class Status(StrEnum):
     CREATING = "creating"
+    # In the pool: started, and nobody's. No client ever sees one.
+    READY = "ready"
     RUNNING = "running"
+    PAUSED = "paused"
     STOPPING = "stopping"
     STOPPED = "stopped"
     FAILED = "failed"
 
 
-ALIVE = (Status.CREATING, Status.RUNNING, Status.STOPPING)
+ALIVE = (Status.CREATING, Status.READY, Status.RUNNING, Status.PAUSED, Status.STOPPING)
 
 
 class Reason(StrEnum):
@@ -19,8 +22,13 @@ class Reason(StrEnum):
 
     USER = "user"
     TIMEOUT = "timeout"
+    IDLE_TIMEOUT = "idle_timeout"
     OOM = "oom"
     RUNTIME_ERROR = "runtime_error"
+    # The engine, or the whole host, was restarted and did not keep its containers.
+    RUNTIME_RESTART = "runtime_restart"
+    # A member of the pool that nobody needs any more.
+    SURPLUS = "surplus"
     LOST = "lost"
 
 
@@ -31,3 +39,4 @@ class ExecStatus(StrEnum):
     KILLED = "killed"
     OOM = "oom"
     LOST = "lost"
+    RUNNING = "running"

@@ -95,7 +95,7 @@ def container_config(
         "User": "0:0",
         "WorkingDir": "/",
         "Hostname": "sandbox",
-        "Labels": {OWNER_LABEL: owner, SANDBOX_LABEL: spec.id, PROJECT_LABEL: spec.project_id},
+        "Labels": {OWNER_LABEL: owner, SANDBOX_LABEL: spec.id, PROJECT_LABEL: spec.project_id or "pool"},
         "Healthcheck": {"Test": ["NONE"]},
         "StopSignal": "SIGKILL",
         "HostConfig": {
