@@ -1,6 +1,6 @@
 """Errors of identity."""
 
-from sandboxd.kit.errors import NotFoundError
+from sandboxd.kit.errors import ConflictError, NotFoundError
 
 
 class KeyNotFoundError(NotFoundError):
@@ -13,4 +13,15 @@ class ProjectNotFoundError(NotFoundError):
         super().__init__(
             f"This API key has no project {project[:64]!r}. Leave 'project' out to use the key's own.",
             param="project",
+        )
+
+
+class IdempotencyConflictError(ConflictError):
+    code = "idempotency_conflict"
+
+    def __init__(self, key: str) -> None:
+        super().__init__(
+            f"Idempotency-Key {key[:64]!r} was sent before with another body. Send the same body to get what"
+            " it made, or a new key to make something new.",
+            param="Idempotency-Key",
         )

@@ -1,6 +1,7 @@
 """Rules of identity: who a key is, and how keys are made and revoked. Look-ups are cached in memory."""
 
 from dataclasses import dataclass
+from typing import Self
 
 from sandboxd.identity import store
 from sandboxd.identity.errors import KeyNotFoundError, ProjectNotFoundError
@@ -19,6 +20,19 @@ FLUSH_BATCH = 500
 
 
 @dataclass(frozen=True, slots=True)
+class Quota:
+    """What a project's living sandboxes may take together; None where only the server's own limits hold."""
+
+    sandboxes: int | None = None
+    cpu_mhz: int | None = None
+    memory_size_mb: int | None = None
+
+    @classmethod
+    def of(cls, project: Project) -> Self:
+        return cls(project.max_sandboxes, project.max_cpu_mhz, project.max_memory_size_mb)
+
+
+@dataclass(frozen=True, slots=True)
 class Principal:
     """On whose behalf a request runs."""
 
@@ -26,6 +40,7 @@ class Principal:
     project_id: str
     project_slug: str
     organization_id: str
+    quota: Quota = Quota()
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +155,7 @@ class IdentityService:
             project_id=project.id,
             project_slug=project.slug,
             organization_id=project.organization_id,
+            quota=Quota.of(project),
         )
         # A revocation that ended while the query ran must not be undone by what the query saw before it.
         if revocations == self._revocations:

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Annotated, Any, Literal
 
 import structlog
-from fastapi import Depends, FastAPI, Query
+from fastapi import Depends, FastAPI, Header, Query
 from fastapi.dependencies.models import Dependant
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import iter_route_contexts
@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from sandboxd.kit.errors import BadRequestError, SandboxdError, TooLargeError, UnavailableError
 from sandboxd.kit.ids import ID_PATTERN, new_id
 from sandboxd.kit.metrics import Metrics
+from sandboxd.kit.origin import Origin, current_origin
 from sandboxd.kit.paging import DEFAULT_LIMIT, MAX_LIMIT, PageParams
 
 log = structlog.get_logger("sandboxd.http")
@@ -99,6 +100,19 @@ async def known_query_only(request: Request) -> None:
 
 
 PageQuery = Annotated[PageParams, Depends(page_params)]
+
+# A parameter of every route that makes something: `idempotency_key: IdempotencyKey = None`.
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        min_length=1,
+        max_length=255,
+        pattern=r"^[ -~]*$",
+        description="Makes the request safe to repeat: the same key with the same body makes nothing new."
+        " Printable ASCII.",
+    ),
+]
 
 
 class Drain:
@@ -221,6 +235,8 @@ class RequestMiddleware:
             await send(message)
 
         tokens = structlog.contextvars.bind_contextvars(request_id=request_id)
+        client = scope["client"][0] if scope.get("client") else None
+        origin = current_origin.set(Origin(request_id=request_id, client=client))
         task = self.drain.enter()
         try:
             refusal = self._refusal(scope, content_length)
@@ -247,6 +263,7 @@ class RequestMiddleware:
         finally:
             self.drain.leave(task)
             self._record(scope, status, time.perf_counter() - started_at)
+            current_origin.reset(origin)
             structlog.contextvars.reset_contextvars(**tokens)
 
     def _refusal(self, scope: Scope, content_length: int | None) -> SandboxdError | None:
@@ -291,7 +308,7 @@ class RequestMiddleware:
             route=route,
             status=status,
             duration_ms=round(duration_s * 1000, 2),
-            client=scope["client"][0] if scope.get("client") else None,
+            client=current_origin.get().client,
             key_id=getattr(principal, "key_id", None),
             project_id=getattr(principal, "project_id", None),
         )

@@ -1,5 +1,6 @@
 import asyncio
 import json
+from dataclasses import asdict
 from typing import Annotated
 
 import httpx2
@@ -15,6 +16,7 @@ from sandboxd.kit.http import (
     ERROR_RESPONSES,
     Body,
     Drain,
+    IdempotencyKey,
     PageQuery,
     RequestMiddleware,
     install,
@@ -22,6 +24,7 @@ from sandboxd.kit.http import (
     sse_response,
 )
 from sandboxd.kit.metrics import Metrics
+from sandboxd.kit.origin import Origin, current_origin
 
 LIMIT = 1000
 
@@ -57,6 +60,10 @@ def make_app(drain: Drain | None = None, metrics: Metrics | None = None) -> Fast
     @app.get("/v1/pages")
     async def pages(page: PageQuery) -> dict[str, object]:
         return {"limit": page.limit, "after": page.after, "order": page.order}
+
+    @app.post("/v1/origin")
+    async def origin(key: IdempotencyKey = None) -> dict[str, str | None]:
+        return {"key": key, **asdict(current_origin.get())}
 
     @app.put("/v1/boxes/{box}/files")
     async def put_file(box: str, request: Request) -> dict[str, int]:
@@ -184,6 +191,25 @@ async def test_a_bad_page_is_400(client, query):
 
 async def test_page_defaults(client):
     assert (await client.get("/v1/pages")).json() == {"limit": 20, "after": None, "order": "desc"}
+
+
+@pytest.mark.parametrize("key", ["a", "order 17", "~" * 255, "{}|!"])
+async def test_an_idempotency_key_arrives(client, key):
+    response = await client.post("/v1/origin", headers={"Idempotency-Key": key})
+    assert response.json()["key"] == key
+
+
+@pytest.mark.parametrize("key", ["", "x" * 256, "\xe9", "a\tb"])
+async def test_a_bad_idempotency_key_is_400(client, key):
+    response = await client.post("/v1/origin", headers={"Idempotency-Key": key.encode("latin-1")})
+    assert response.status_code == 400
+    assert error_of(response)["param"] == "Idempotency-Key"
+
+
+async def test_a_request_knows_where_it_came_from(client):
+    response = await client.post("/v1/origin", headers={"X-Request-Id": "r-1"})
+    assert response.json() == {"key": None, "request_id": "r-1", "client": "127.0.0.1"}
+    assert current_origin.get() == Origin()
 
 
 async def test_an_unknown_path_is_404(client):
