@@ -147,7 +147,7 @@ class Runtime(Protocol):
         """Lets it go on; its agent dials again. Idempotent."""
 
     async def usage(self, sandbox_id: str) -> Usage | None:
-        """Read from the kernel's own accounts, cheap enough for every claim; None for one that is not there."""
+        """Read from the kernel's accounts, cheap enough for every claim; None for one that is not there."""
 
     async def instance(self) -> str:
         """Names this run of the engine: another name after the engine, or the host, was started again."""

@@ -1,12 +1,12 @@
 """The Docker driver of the runtime contract. The only part of the daemon that knows containers."""
 
 import asyncio
-import contextlib
 import json
 import os
 import secrets
 import shutil
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,19 @@ from sandboxd.runtimes.base import (
     Owned,
     Phase,
     SandboxSpec,
+    Usage,
 )
-from sandboxd.runtimes.docker import container, selfcheck
+from sandboxd.runtimes.docker import cgroups, container, selfcheck
 from sandboxd.runtimes.docker.agent_files import AgentFiles
+from sandboxd.runtimes.docker.cgroups import Cgroup
 from sandboxd.runtimes.docker.engine import AlreadyExists, Engine, NotFound
-from sandboxd.runtimes.docker.link import Link, PeerCheck, write_config
+from sandboxd.runtimes.docker.instance import EngineInstance
+from sandboxd.runtimes.docker.link import Link, write_config
 from sandboxd.runtimes.docker.workspace import Workspaces
 from sandboxd.runtimes.errors import (
     AgentUnreachableError,
     EngineUnavailableError,
+    LimitBelowUseError,
     RuntimeFaultError,
     SpecRefusedError,
 )
@@ -42,9 +46,37 @@ log = structlog.get_logger(__name__)
 _PHASES = {
     "created": Phase.CREATED,
     "running": Phase.RUNNING,
-    "paused": Phase.RUNNING,
+    "paused": Phase.PAUSED,
     "restarting": Phase.RUNNING,
 }
+_MIB = 1024 * 1024
+
+
+@dataclass(slots=True)
+class _Held:
+    """What this process holds of one sandbox. Its control groups are found once, and then never asked for."""
+
+    link: Link
+    runtime: str
+    handle: Handle | None = None
+    cgroup: Cgroup | None = None
+
+    def is_inside(self, pid: int) -> bool:
+        """Whether a process of the host is one of the container's."""
+        try:
+            groups = Path(f"/proc/{pid}/cgroup").read_text()
+        except OSError:
+            return False
+        if self.handle is None or self.handle not in groups:
+            return False
+        if self.cgroup is None:
+            self.take(cgroups.parse(groups))
+        return True
+
+    def take(self, cgroup: Cgroup | None) -> None:
+        self.cgroup = cgroup
+        if cgroup is not None:
+            cgroup.limit_socket_memory()
 
 
 class DockerRuntime:
@@ -56,8 +88,9 @@ class DockerRuntime:
         self._engine = Engine(settings.docker_url)
         self._workspaces = Workspaces(settings.state_dir / "workspaces")
         self._agent_files = AgentFiles(self._engine, settings.state_dir / "agents")
+        self._instance = EngineInstance(self._engine)
         self._links_dir = settings.run_dir
-        self._links: dict[str, Link] = {}
+        self._held: dict[str, _Held] = {}
         self._seccomp = container.seccomp_profile()
 
     async def start(self) -> None:
@@ -69,9 +102,9 @@ class DockerRuntime:
         await self._engine.open()
 
     async def close(self) -> None:
-        for link in list(self._links.values()):
-            await link.close()
-        self._links.clear()
+        for held in list(self._held.values()):
+            await held.link.close()
+        self._held.clear()
         await self._engine.close()
 
     async def ping(self) -> None:
@@ -93,10 +126,10 @@ class DockerRuntime:
                 )
         self._workspaces.prepare(spec.id, spec.uid)
         folder = self._write_link_folder(spec)
-        link = self._links.get(spec.id)
-        if link is None:
-            link = self._links[spec.id] = Link(spec.id, folder, None)
-            await link.open()
+        held = self._held.get(spec.id)
+        if held is None:
+            held = self._held[spec.id] = _Held(Link(spec.id, folder, None), spec.runtime)
+            await held.link.open()
         config = container.container_config(
             spec,
             owner=self._owner,
@@ -110,7 +143,7 @@ class DockerRuntime:
             made = group.create_task(self._make_container(spec.id, config))
             group.create_task(self._workspaces.create(spec.id, spec.disk_mb, spec.max_files))
         handle = made.result()
-        link.peer_check = self._peer_check(handle, spec.runtime)
+        self._pin(held, handle)
         await self._engine.call(lambda client: client.start(handle))
         return handle
 
@@ -136,27 +169,16 @@ class DockerRuntime:
             write_config(folder, spec.uid, spec.max_processes)
         return folder
 
-    def _peer_check(self, handle: Handle, runtime: str) -> PeerCheck | None:
-        if runtime != "runc":
+    def _pin(self, held: _Held, handle: Handle) -> None:
+        held.handle = handle
+        if held.runtime == "runc":
             # gVisor's connections come from its sentry, which is not in the container's cgroup.
-            return None
-
-        def is_inside(pid: int) -> bool:
-            try:
-                cgroups = Path(f"/proc/{pid}/cgroup").read_text()
-            except OSError:
-                return False
-            if handle not in cgroups:
-                return False
-            _limit_socket_memory(cgroups)
-            return True
-
-        return is_inside
+            held.link.peer_check = held.is_inside
 
     async def delete(self, sandbox_id: str) -> None:
-        link = self._links.pop(sandbox_id, None)
-        if link is not None:
-            await link.close()
+        held = self._held.pop(sandbox_id, None)
+        if held is not None:
+            await held.link.close()
         try:
             await self._engine.call(lambda client: client.remove_container(sandbox_id, force=True, v=True))
         except NotFound:
@@ -174,18 +196,31 @@ class DockerRuntime:
             return
 
     async def adopt(self, sandbox_id: str, handle: Handle) -> None:
-        if sandbox_id in self._links:
+        if sandbox_id in self._held:
             return
-        link = Link(
-            sandbox_id, self._links_dir / sandbox_id, self._peer_check(handle, self._settings.runtime)
-        )
+        held = _Held(Link(sandbox_id, self._links_dir / sandbox_id, None), self._settings.runtime)
         # Before the await: a second caller must not open a second listener.
-        self._links[sandbox_id] = link
+        self._held[sandbox_id] = held
         try:
-            await link.open()
+            facts = await self._inspect(handle)
+            # It was made under the settings of that day.
+            held.runtime = str(facts["HostConfig"]["Runtime"])
+            self._pin(held, handle)
+            if facts["State"]["Status"] == "paused":
+                held.link.pause()
+            held.take(await asyncio.to_thread(cgroups.of_process, int(facts["State"]["Pid"])))
+            await held.link.open()
         except (OSError, ValueError, KeyError) as error:
-            del self._links[sandbox_id]
             raise RuntimeFaultError(f"the link folder of sandbox {sandbox_id} is gone: {error}") from error
+        finally:
+            if not held.link.is_open:
+                self._held.pop(sandbox_id, None)
+
+    async def _inspect(self, name: str) -> Any:
+        try:
+            return await self._engine.call(lambda client: client.inspect_container(name))
+        except NotFound as error:
+            raise RuntimeFaultError(f"the engine has no sandbox {name}") from error
 
     async def observe(self, handle: Handle) -> Observation:
         try:
@@ -231,10 +266,10 @@ class DockerRuntime:
                 raise EngineUnavailableError(f"lost the engine's events: {error}") from error
 
     async def dial(self, sandbox_id: str, timeout_s: float) -> Stream:
-        link = self._links.get(sandbox_id)
-        if link is None:
+        held = self._held.get(sandbox_id)
+        if held is None:
             raise AgentUnreachableError(f"sandbox {sandbox_id} is not served by this daemon")
-        return await link.dial(timeout_s)
+        return await held.link.dial(timeout_s)
 
     async def limit_cpus(self, sandbox_id: str, cpus: float | None) -> None:
         # More than the host has: the engine knows no way to take a quota away again.
@@ -245,20 +280,103 @@ class DockerRuntime:
             )
         )
 
+    async def update(self, sandbox_id: str, cpus: float, memory_mb: int) -> None:
+        held = self._offered(sandbox_id, "update")
+        limit = memory_mb * _MIB
+        # v2 takes a limit below present use, and ends processes until it holds.
+        await self._refuse_below_use(sandbox_id, held, limit)
+        try:
+            # One call: what it cannot do in full, it takes back.
+            await self._engine.call(
+                lambda client: client.update_container(
+                    sandbox_id,
+                    cpu_period=container.CPU_PERIOD_US,
+                    cpu_quota=container.cpu_quota_us(cpus),
+                    mem_limit=limit,
+                    memswap_limit=limit,
+                )
+            )
+        except NotFound as error:
+            raise RuntimeFaultError(f"the engine has no sandbox {sandbox_id}") from error
+        except RuntimeFaultError as error:
+            if "unable to set memory limit" in error.message:
+                raise _below_use(sandbox_id, limit) from error
+            raise
+
+    async def _refuse_below_use(self, sandbox_id: str, held: _Held, limit: int) -> None:
+        cgroup = await self._cgroup(sandbox_id, held)
+        try:
+            if cgroup is not None and cgroup.pinned_bytes() > limit:
+                raise _below_use(sandbox_id, limit)
+        except OSError as error:
+            raise RuntimeFaultError(f"sandbox {sandbox_id} does not run: {error}") from error
+
+    async def pause(self, sandbox_id: str) -> None:
+        held = self._offered(sandbox_id, "pause")
+        try:
+            await self._engine.call(lambda client: client.pause(sandbox_id))
+        except (AlreadyExists, NotFound, RuntimeFaultError) as error:
+            await self._expect(sandbox_id, Phase.PAUSED, error)
+        held.link.pause()
+
+    async def resume(self, sandbox_id: str) -> None:
+        held = self._offered(sandbox_id, "pause")
+        # First: the agent dials the moment that it is thawed.
+        held.link.resume()
+        try:
+            await self._engine.call(lambda client: client.unpause(sandbox_id))
+        except (AlreadyExists, NotFound, RuntimeFaultError) as error:
+            try:
+                await self._expect(sandbox_id, Phase.RUNNING, error)
+            except RuntimeFaultError:
+                held.link.pause()
+                raise
+
+    async def _expect(self, sandbox_id: str, phase: Phase, error: Exception) -> None:
+        """Whether a call that was refused was for nothing, because it is so already."""
+        found = (await self.observe(Handle(sandbox_id))).phase
+        if found is not phase:
+            raise RuntimeFaultError(f"sandbox {sandbox_id} is {found}, not {phase}: {error}") from error
+
+    def _offered(self, sandbox_id: str, capability: str) -> _Held:
+        held = self._held.get(sandbox_id)
+        if held is None:
+            raise RuntimeFaultError(f"sandbox {sandbox_id} is not served by this daemon")
+        if not getattr(selfcheck.offers(held.runtime), capability):
+            raise SpecRefusedError(f"sandboxes of the runtime {held.runtime} offer no {capability}")
+        return held
+
+    async def usage(self, sandbox_id: str) -> Usage | None:
+        held = self._held.get(sandbox_id)
+        if held is None:
+            return None
+        cgroup = await self._cgroup(sandbox_id, held)
+        return None if cgroup is None else cgroup.usage()
+
+    async def _cgroup(self, sandbox_id: str, held: _Held) -> Cgroup | None:
+        """Asks the engine where nobody has dialled yet who could be looked at."""
+        if held.cgroup is None:
+            try:
+                facts = await self._engine.call(lambda client: client.inspect_container(sandbox_id))
+            except NotFound:
+                return None
+            if facts["State"]["Pid"]:
+                held.take(cgroups.of_process(int(facts["State"]["Pid"])))
+        return held.cgroup
+
+    async def instance(self) -> str:
+        return await self._instance.name()
+
     def leftovers(self) -> set[str]:
         """Ids of which something is left on this host: a workspace or a link folder."""
         return {*self._workspaces.list(), *os.listdir(self._links_dir)}
 
 
-def _limit_socket_memory(cgroups: str) -> None:
-    """Bounds the buffers of network sockets where cgroup v1 would not count them as memory: one sandbox
-    could take all that the host has for TCP. Engines accept such a limit, but no longer set it."""
-    for line in cgroups.splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "memory":
-            file = Path(f"/sys/fs/cgroup/memory{path}/memory.kmem.tcp.limit_in_bytes")
-            with contextlib.suppress(OSError):
-                file.write_text(str(container.SOCKET_MEMORY))
+def _below_use(sandbox_id: str, limit: int) -> LimitBelowUseError:
+    return LimitBelowUseError(
+        f"sandbox {sandbox_id} uses more memory than {limit // _MIB} MB now; free some of it first",
+        param="memory_size_mb",
+    )
 
 
 def _installation(state_dir: Path) -> str:

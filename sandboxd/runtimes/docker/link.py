@@ -28,6 +28,8 @@ _CLOSE_S = 1.0
 _MAX_IDLE = 8
 _READ_LIMIT = 1024 * 1024
 _PEER = struct.Struct("3i")
+_CLOSED = "its link was closed"
+_PAUSED = "the sandbox is paused"
 
 PeerCheck = Callable[[int], bool]
 _Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -69,6 +71,7 @@ class Link:
         self._waiting: deque[asyncio.Future[LinkStream]] = deque()
         self._asked = 0
         self._closed = False
+        self._paused = False
 
     async def open(self) -> None:
         """Reads the key that `write_config` left and listens. Raises OSError when the folder is not there."""
@@ -97,18 +100,32 @@ class Link:
         for writer in writers:
             self.hang_up(writer)
         self._closed = True
-        for future in self._waiting:
-            if not future.done():
-                future.set_exception(self._unreachable("its link was closed"))
-        self._waiting.clear()
+        self._refuse_waiting(_CLOSED)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_CLOSE_S):
                 await asyncio.gather(*(writer.wait_closed() for writer in writers), return_exceptions=True)
 
+    def pause(self) -> None:
+        """Hangs up and refuses to dial until `resume`; goes on listening. The agent is frozen, so what is
+        still to be sent is dropped: it would wait for ever."""
+        if self._paused:
+            return
+        self._paused = True
+        for writer in list(self._writers):
+            self._writers.discard(writer)
+            writer.transport.abort()
+        self._control = None
+        self._idle.clear()
+        self._refuse_waiting(_PAUSED)
+
+    def resume(self) -> None:
+        """Lets the agent in again, which dials as soon as it finds its connections gone."""
+        self._paused = False
+
     async def dial(self, timeout_s: float) -> LinkStream:
         """A connection that waits, or the next that the agent makes. Raises AgentUnreachableError."""
-        if self._closed:
-            raise self._unreachable("its link was closed")
+        if self._closed or self._paused:
+            raise self._unreachable(_CLOSED if self._closed else _PAUSED)
         while self._idle:
             reader, writer = self._idle.pop()
             if _usable(reader, writer):
@@ -154,8 +171,18 @@ class Link:
     def connected(self) -> bool:
         return self._control is not None
 
+    @property
+    def is_open(self) -> bool:
+        return self._server is not None
+
     def _unreachable(self, reason: str) -> AgentUnreachableError:
         return AgentUnreachableError(f"the agent of sandbox {self.sandbox_id} cannot be reached: {reason}")
+
+    def _refuse_waiting(self, reason: str) -> None:
+        for future in self._waiting:
+            if not future.done():
+                future.set_exception(self._unreachable(reason))
+        self._waiting.clear()
 
     def _ask(self) -> None:
         """Asks the agent for as many connections as are waited for and not already on their way."""
@@ -166,7 +193,7 @@ class Link:
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         # A border: whatever the peer does, it costs this connection and nothing else.
-        if self._closed:
+        if self._closed or self._paused:
             writer.close()
             return
         self._writers.add(writer)

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,13 @@ def inspect(info: dict[str, Any], settings: Settings) -> Capabilities:
         _memory(info),
         _disk(settings.state_dir),
     ]
-    return Capabilities(runtime=settings.runtime, isolation_level=level, checks=checks)
+    return replace(offers(settings.runtime), isolation_level=level, checks=checks)
+
+
+def offers(runtime: str) -> Capabilities:
+    """What sandboxes of a runtime can do, whatever the host."""
+    is_runc = runtime == "runc"
+    return Capabilities(runtime=runtime, isolation_level=0, pause=is_runc, update=is_runc)
 
 
 def _isolation(level: int) -> Check:
