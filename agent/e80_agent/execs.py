@@ -26,6 +26,8 @@ from e80_agent.tenant import TAG_BASE, Tenant
 MAX_RUNNING = 64
 KEPT_FINISHED = 64
 KEPT_BYTES = 32 * 1024 * 1024
+# Ids of execs whose logs are gone are kept in two generations of so many: the older one goes as a whole.
+REMEMBERED = 32768
 _READ_SIZE = 65536
 _MAX_PACKETS = 64
 _MAX_ERROR = 256 * 1024
@@ -40,6 +42,8 @@ class Exec:
 
     def __init__(self, header: Dict[str, Any], tag: int) -> None:
         self.id: str = header["id"]
+        self.kind = "code" if header["op"] == "python" else "command"
+        self.fingerprint: Optional[str] = header.get("fingerprint")
         self.tag = tag
         self.timeout_s: Optional[float] = header.get("timeout_s")
         self.output_limit: int = header["output_limit"]
@@ -53,7 +57,7 @@ class Exec:
         self.pid: Optional[int] = None
         self.reason = "exit"
         self.truncated = False
-        self.started = time.monotonic()
+        self.created = self.started = time.monotonic()  # `started` moves on by the time deadlines were held
         self.main_exited = False
         self.status = 0
         self.cpu_ms = 0.0
@@ -65,6 +69,7 @@ class Exec:
         self.stdin_fd: Optional[int] = None
         self.stdin = memoryview(b"")
         self.deadline: Optional[Timer] = None
+        self.left_s = self.timeout_s  # of its time, when the clock of deadlines last began to run or stopped
         self.spool: Optional[Spool] = None
         self.ending = False
 
@@ -91,6 +96,9 @@ class Execs:
         self._own_pids = own_pids
         self._by_id: Dict[str, Exec] = {}
         self._finished: Deque[Exec] = collections.deque()
+        self._gone: Dict[int, None] = {}
+        self._gone_before: Dict[int, None] = {}
+        self._held_since: Optional[float] = None
         self._tags = 0
 
     def get(self, exec_id: str) -> Optional[Exec]:
@@ -107,17 +115,61 @@ class Execs:
         run = Exec(header, TAG_BASE + self._tags)
         run.stdin = memoryview(stdin)
         self._by_id[run.id] = run
-        if run.timeout_s is not None:
-            run.deadline = self._loop.call_later(run.timeout_s, lambda: self.kill(run, "timeout"))
+        if self._held_since is None:
+            self._arm(run)
         return run
 
     def forget(self, run: Exec) -> None:
         """For an exec that could not be started: as if it had never been."""
         self._by_id.pop(run.id, None)
+        if run.finished:
+            self._finished.remove(run)
         run.finished = True
         if run.deadline is not None:
             run.deadline.cancel()
         self._close_pipes(run)
+
+    def is_gone(self, exec_id: str) -> bool:
+        """Whether an exec with a key ran under this id whose log is no longer here."""
+        number = hash(exec_id)
+        return number in self._gone or number in self._gone_before
+
+    @property
+    def held(self) -> bool:
+        return self._held_since is not None
+
+    def hold(self) -> None:
+        """Stops the clock of all deadlines, for the time the sandbox is frozen. May be called twice."""
+        if self._held_since is not None:
+            return
+        for run in self._by_id.values():
+            run.left_s = self.left_s(run)
+            if run.deadline is not None:
+                run.deadline.cancel()
+        self._held_since = time.monotonic()
+
+    def release(self) -> None:
+        """Deadlines go on with what was left of them, or begin, for execs begun meanwhile. May be called
+        twice."""
+        if self._held_since is None:
+            return
+        since, self._held_since = self._held_since, None
+        now = time.monotonic()
+        for run in self._by_id.values():
+            if not run.finished:
+                run.started += now - max(since, run.created)
+                if not run.ending:
+                    self._arm(run)
+
+    def left_s(self, run: Exec) -> Optional[float]:
+        """What is left of the exec's time; None for one without a limit."""
+        if run.timeout_s is None or self.held:
+            return run.left_s
+        return max(0.0, run.timeout_s - (time.monotonic() - run.started))
+
+    def _arm(self, run: Exec) -> None:
+        if run.left_s is not None:
+            run.deadline = self._loop.call_later(run.left_s, lambda: self.kill(run, "timeout"))
 
     def open_pipes(self, run: Exec, with_error: bool) -> List[int]:
         """Pipes for stdin, stdout, stderr (and the error channel); returns the child's ends, to be closed."""
@@ -295,6 +347,15 @@ class Execs:
             oldest = self._finished.popleft()
             kept -= len(oldest.log)
             del self._by_id[oldest.id]
+            if oldest.fingerprint is not None:
+                self._remember(oldest.id)
+
+    def _remember(self, exec_id: str) -> None:
+        """So that a retry that comes late is told that it ran, instead of running it again. Hashes only, and
+        only of execs with a key: every other id is random, and nobody sends it twice."""
+        if len(self._gone) >= REMEMBERED:
+            self._gone, self._gone_before = {}, self._gone
+        self._gone[hash(exec_id)] = None
 
 
 def oom_kills() -> int:

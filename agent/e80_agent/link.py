@@ -6,6 +6,7 @@ The daemon may vanish and come back at any moment. Execs do not notice; the link
 from __future__ import annotations
 
 import socket
+import time
 from typing import Any, Callable, Dict, Optional, Set
 
 from e80_agent import protocol
@@ -69,10 +70,13 @@ class Connection:
         assert code in protocol.ERROR_CODES, code
         self.reply({"ok": False, "code": code, "message": message[:1000]})
 
-    def follow(self, run: Exec, offset: int, eager: bool) -> None:
+    def follow(self, run: Exec, offset: int, eager: bool, resumed: bool = False) -> None:
         """Answers with the exec's log from `offset` on, until its last record. Not eager means: in as few
         writes as possible, because nobody looks at the output before the end."""
-        self._output += protocol.pack_header({"ok": True, "size": len(run.log), "finished": run.finished})
+        reply: Dict[str, Any] = {"ok": True, "size": len(run.log), "finished": run.finished}
+        if resumed:
+            reply.update(resumed=True, age_s=round(time.monotonic() - run.created, 3))
+        self._output += protocol.pack_header(reply)
         self._follows = run
         self._offset = offset
         self._eager = eager

@@ -20,7 +20,7 @@ import json
 import struct
 from typing import Any, Dict
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 NONCE_SIZE = 32
 PROOF_SIZE = 33
@@ -49,6 +49,8 @@ ERROR_CODES = frozenset(
         "unknown_operation",
         "unknown_exec",
         "exec_exists",
+        "exec_differs",
+        "exec_gone",
         "cwd_not_found",
         "command_not_found",
         "command_not_executable",

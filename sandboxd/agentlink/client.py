@@ -8,11 +8,11 @@ import json
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from e80_agent import protocol
 
-from sandboxd.agentlink.errors import AgentRefusedError, LinkBrokenError
+from sandboxd.agentlink.errors import AgentRefusedError, LinkBrokenError, UnknownExecError
 from sandboxd.kit.errors import SandboxdError
 from sandboxd.kit.streams import Stream
 
@@ -34,14 +34,38 @@ Dial = Callable[[float], Awaitable[Stream]]
 
 
 @dataclass(frozen=True, slots=True)
+class Known:
+    """An exec that the agent has the log of. `left_s` is what is left of its time."""
+
+    id: str
+    kind: Literal["code", "command"]
+    keyed: bool
+    finished: bool
+    age_s: float
+    left_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Hello:
+    """`held` tells that deadlines stand still, see `Agent.timers`."""
+
     protocol: int
     python: str
     ready: bool
     warm: bool
+    held: bool
     faults: int
     uptime_s: float
-    execs: tuple[str, ...]
+    execs: tuple[Known, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The agent has taken a request with a key: it runs now, or is the repetition of one that came before."""
+
+    resumed: bool
+    finished: bool
+    age_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +99,14 @@ class Outcome:
     max_rss_kb: int
 
 
-Event = Output | Failure | Outcome
+Event = Started | Output | Failure | Outcome
 
 
 @dataclass(frozen=True, slots=True)
 class ExecRequest:
-    """One run. Either `code` (Python) or `argv`. Times in seconds, limits in bytes."""
+    """One run. Either `code` (Python) or `argv`. Times in seconds, limits in bytes. With a `fingerprint` the
+    request may be repeated: the agent follows what runs or ran under this id, if the fingerprint is the same,
+    and refuses with exec_differs or exec_gone otherwise."""
 
     id: str
     env: dict[str, str]
@@ -93,6 +119,7 @@ class ExecRequest:
     code: bytes | None = None
     argv: tuple[str, ...] = ()
     fresh: bool = False
+    fingerprint: str | None = None
 
 
 class Agent:
@@ -109,10 +136,11 @@ class Agent:
             python=str(reply.get("python"))[:20],
             ready=reply.get("ready") is True,
             warm=reply.get("warm") is True,
+            held=reply.get("held") is True,
             faults=_integer(reply, "faults"),
             uptime_s=_number(reply, "uptime_s"),
             execs=tuple(
-                str(item.get("id"))[:64]
+                _known(item)
                 for item in (execs if isinstance(execs, list) else [])[:256]
                 if isinstance(item, dict)
             ),
@@ -125,8 +153,13 @@ class Agent:
     async def signal(self, exec_id: str, number: int) -> None:
         await self._call({"op": "signal", "id": exec_id, "signal": number}, CALL_TIMEOUT_S)
 
+    async def timers(self, run: bool) -> None:
+        """Stops the deadlines of execs (False), or lets them go on with what was left (True). Idempotent."""
+        await self._call({"op": "timers", "run": run}, CALL_TIMEOUT_S)
+
     async def run(self, request: ExecRequest) -> AsyncGenerator[Event]:
-        """Starts the exec and yields what it writes, then its Outcome. A lost connection is taken up again;
+        """Starts the exec and yields what it writes, then its Outcome; with a fingerprint, Started before
+        all. A lost connection is taken up again;
         LinkBrokenError means that the agent did not come back, and the exec's fate is unknown."""
         header: dict[str, Any] = {
             "op": "command" if request.code is None else "python",
@@ -144,6 +177,8 @@ class Agent:
             body = request.code + request.stdin
         else:
             header["argv"] = list(request.argv)
+        if request.fingerprint is not None:
+            header.update(fingerprint=request.fingerprint, resume=True)
         header["body"] = len(body)
         limit_s = None if request.timeout_s is None else request.timeout_s + OVERTIME_S
         max_log = request.output_limit + LOG_EXTRA
@@ -152,11 +187,35 @@ class Agent:
                 yield event
 
     async def attach(self, exec_id: str, offset: int = 0) -> AsyncGenerator[Event]:
-        """The exec's events from an offset of its log on; for execs that an earlier daemon started."""
+        """The exec's events from an offset of its log on, to its Outcome. Raises UnknownExecError."""
         header = _attach_header(exec_id, offset)
         async with aclosing(self._follow(exec_id, offset, header, b"", None, MAX_LOG)) as events:
             async for event in events:
                 yield event
+
+    async def read_log(self, exec_id: str) -> list[Event] | None:
+        """What the exec has written so far, with its Outcome if it has ended; None when the agent has no log
+        of it."""
+        stream = await self._dial(CALL_TIMEOUT_S)
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                _send(stream, _attach_header(exec_id, 0), b"")
+                size = _count(_check(await _read_header(stream)), "size")
+                events: list[Event] = []
+                while 0 < size <= MAX_LOG:
+                    kind, payload = await _read_record(stream)
+                    size -= protocol.RECORD.size + len(payload)
+                    events.append(_event(kind, payload))
+                return events
+        except AgentRefusedError as error:
+            if error.agent_code != "unknown_exec":
+                raise
+            return None
+        except (asyncio.IncompleteReadError, ConnectionError, TimeoutError) as error:
+            raise LinkBrokenError(f"the agent hung up in the middle of the log of {exec_id}") from error
+        finally:
+            # The agent would go on with what the exec writes from here on.
+            stream.close()
 
     async def _follow(
         self,
@@ -175,7 +234,8 @@ class Agent:
                 async with aclosing(_read_log(stream, header, body, deadline, max_log - offset)) as log:
                     async for event, size in log:
                         offset += size
-                        losses = 0
+                        if size:
+                            losses = 0
                         yield event
                 return
             except (asyncio.IncompleteReadError, ConnectionError) as error:
@@ -185,7 +245,7 @@ class Agent:
             except AgentRefusedError as error:
                 if error.agent_code != "unknown_exec":
                     raise
-                raise LinkBrokenError(f"the agent no longer knows exec {exec_id}") from error
+                raise UnknownExecError(f"the agent no longer knows exec {exec_id}") from error
             except TimeoutError as error:
                 raise LinkBrokenError(f"exec {exec_id} is long past its deadline") from error
             # Only a request that never arrived may be sent again; else the exec is taken up, not run twice.
@@ -203,7 +263,7 @@ class Agent:
 
     async def _knows(self, exec_id: str) -> bool:
         try:
-            return exec_id in (await self.hello(REATTACH_TIMEOUT_S)).execs
+            return any(item.id == exec_id for item in (await self.hello(REATTACH_TIMEOUT_S)).execs)
         except SandboxdError as error:
             raise LinkBrokenError(
                 f"the agent did not come back to exec {exec_id}: {error.message}"
@@ -357,6 +417,8 @@ async def _read_log(
             reply = await _read_header(stream)
         between_requests = reply.get("ok") is not True
         _check(reply)
+        if header.get("resume"):
+            yield _started(reply), 0
         while True:
             async with asyncio.timeout_at(deadline):
                 kind, payload = await _read_record(stream)
@@ -435,6 +497,23 @@ def _outcome(payload: bytes) -> Outcome:
         duration_ms=_number(end, "duration_ms"),
         cpu_ms=_number(end, "cpu_ms"),
         max_rss_kb=_count(end, "max_rss_kb"),
+    )
+
+
+def _started(reply: dict[str, Any]) -> Started:
+    resumed = reply.get("resumed") is True
+    age_s = _number(reply, "age_s") if resumed else 0.0
+    return Started(resumed, reply.get("finished") is True, age_s)
+
+
+def _known(fact: dict[str, Any]) -> Known:
+    return Known(
+        id=_text(fact.get("id"), 64),
+        kind="command" if fact.get("kind") == "command" else "code",
+        keyed=fact.get("keyed") is True,
+        finished=fact.get("finished") is True,
+        age_s=_number(fact, "age_s") if "age_s" in fact else 0.0,
+        left_s=None if fact.get("left_s") is None else _number(fact, "left_s"),
     )
 
 

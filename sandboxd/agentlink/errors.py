@@ -16,3 +16,7 @@ class LinkBrokenError(SandboxdError):
 
     status = 502
     code = "link_broken"
+
+
+class UnknownExecError(LinkBrokenError):
+    """The agent has no log of that exec: it never came to it, or is long over."""

@@ -6,7 +6,7 @@ from typing import Any, Dict
 
 from e80_agent.agent import Agent
 from e80_agent.link import Connection
-from e80_agent.ops import attach, command, files, hello, python, signals, warm
+from e80_agent.ops import attach, command, files, hello, python, signals, timers, warm
 
 OPERATIONS = {
     "hello": hello.hello,
@@ -15,6 +15,7 @@ OPERATIONS = {
     "attach": attach.attach,
     "signal": signals.send_signal,
     "warm": warm.warm,
+    "timers": timers.timers,
     "read_file": files.read_file,
     "write_file": files.write_file,
 }

@@ -21,24 +21,50 @@ _START_ERRORS = {
 
 
 def run_command(agent: Agent, connection: Connection, header: Dict[str, Any], body: bytes) -> None:
-    """Header: id, argv, env, cwd, timeout_s, output_limit, spool_limit, stream. Body: stdin.
-    Answers with the exec's log, or with an error when the program cannot be started."""
+    """Header: id, argv, env, cwd, timeout_s, output_limit, spool_limit, stream; with a key fingerprint and
+    resume, too. Body: stdin. Answers with the exec's log, or why the program cannot be started."""
     run = admit(agent, connection, header, body)
     if run is None:
         return
-    theirs = agent.execs.open_pipes(run, with_error=False)
+    theirs = pipes(agent, run, with_error=False)
     start(agent, connection, run, header["argv"], agent.tenant.environment(header["env"]), header, theirs)
 
 
 def admit(agent: Agent, connection: Connection, header: Dict[str, Any], stdin: bytes) -> Optional[Exec]:
-    """A new exec under the id the daemon gave it, or None after answering why not."""
-    if agent.execs.get(header["id"]) is not None:
-        connection.fail("exec_exists", "exec %s was started before; attach to it" % header["id"])
+    """A new exec under the id the daemon gave it, or None after the answer: a refusal or, when this is the
+    repetition of a request that came before, the log of what that one started."""
+    known = agent.execs.get(header["id"])
+    if known is not None and known.finished and known.fault is not None and header.get("resume"):
+        agent.execs.forget(known)  # nothing of it ever ran
+        known = None
+    if known is not None:
+        _resume(connection, header, known)
+        return None
+    if header.get("resume") and agent.execs.is_gone(header["id"]):
+        connection.fail("exec_gone", "exec %s ran before; its output is no longer here" % header["id"])
         return None
     if agent.execs.running() >= MAX_RUNNING:
         connection.fail("busy", "%d execs are running, the limit" % MAX_RUNNING)
         return None
     return agent.execs.create(header, stdin)
+
+
+def _resume(connection: Connection, header: Dict[str, Any], known: Exec) -> None:
+    if not header.get("resume"):
+        connection.fail("exec_exists", "exec %s was started before; attach to it" % known.id)
+    elif header.get("fingerprint") != known.fingerprint:
+        connection.fail("exec_differs", "exec %s was started by another request" % known.id)
+    else:
+        connection.follow(known, 0, eager=True, resumed=True)
+
+
+def pipes(agent: Agent, run: Exec, with_error: bool) -> List[int]:
+    """The descriptors for a program that is about to be started; without them there never was an exec."""
+    try:
+        return agent.execs.open_pipes(run, with_error)
+    except OSError:
+        agent.execs.forget(run)
+        raise
 
 
 def start(

@@ -12,7 +12,9 @@ from e80_agent.link import Connection
 
 
 def hello(agent: Agent, connection: Connection, _header: Dict[str, Any], _body: bytes) -> None:
-    """Answers {protocol, python, uptime_s, faults, ready, warm, execs: [{id, finished, size}]}."""
+    """Answers {protocol, python, uptime_s, faults, ready, warm, held, execs}; of each exec {id, kind, keyed,
+    finished, size, age_s, left_s}."""
+    now = time.monotonic()
     connection.reply(
         {
             "ok": True,
@@ -22,8 +24,18 @@ def hello(agent: Agent, connection: Connection, _header: Dict[str, Any], _body: 
             "faults": agent.loop.faults,
             "ready": agent.interpreters.bare.ready,
             "warm": agent.interpreters.warm.ready,
+            "held": agent.execs.held,
             "execs": [
-                {"id": run.id, "finished": run.finished, "size": len(run.log)} for run in agent.execs.all()
+                {
+                    "id": run.id,
+                    "kind": run.kind,
+                    "keyed": run.fingerprint is not None,
+                    "finished": run.finished,
+                    "size": len(run.log),
+                    "age_s": round(now - run.created, 3),
+                    "left_s": agent.execs.left_s(run),
+                }
+                for run in agent.execs.all()
             ],
         }
     )

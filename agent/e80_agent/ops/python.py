@@ -18,8 +18,8 @@ _SEND_S = 5.0
 
 
 def run_python(agent: Agent, connection: Connection, header: Dict[str, Any], body: bytes) -> None:
-    """Header: id, code_size, env, cwd, timeout_s, output_limit, spool_limit, stream, fresh.
-    Body: the code (code_size bytes), then stdin. Answers with the exec's log."""
+    """Header: id, code_size, env, cwd, timeout_s, output_limit, spool_limit, stream, fresh; with a key
+    fingerprint and resume, too. Body: the code (code_size bytes), then stdin. Answers with the exec's log."""
     run = command.admit(agent, connection, header, body[header["code_size"] :])
     if run is None:
         return
@@ -106,7 +106,7 @@ def _run_fresh(agent: Agent, connection: Connection, header: Dict[str, Any], run
         "import sys; sys.path.insert(0, %r); from e80_agent import runner; "
         "del sys.path[0]; runner.fresh(%d)" % (os.path.dirname(here), runner.ERROR_FD + 1)
     )
-    theirs = agent.execs.open_pipes(run, with_error=True)
+    theirs = command.pipes(agent, run, with_error=True)
     argv = [sys.executable, "-c", start]
     command.start(
         agent,

@@ -19,6 +19,7 @@ from sandboxd.agentlink.client import (
     Hello,
     Outcome,
     Output,
+    Started,
 )
 from sandboxd.agentlink.errors import AgentRefusedError, LinkBrokenError
 from tests.sandboxd.agentlink.fake_agent import FakeAgent, read_request, says
@@ -49,7 +50,7 @@ def end(**changes: object) -> bytes:
     return record(protocol.RECORD_END, json.dumps({**END, **changes}).encode())
 
 
-def request(timeout_s: float | None = 10.0) -> ExecRequest:
+def request(timeout_s: float | None = 10.0, fingerprint: str | None = None) -> ExecRequest:
     return ExecRequest(
         id="exec_1",
         env={},
@@ -59,6 +60,7 @@ def request(timeout_s: float | None = 10.0) -> ExecRequest:
         spool_limit=0,
         stream=False,
         code=b"x",
+        fingerprint=fingerprint,
     )
 
 
@@ -86,6 +88,10 @@ BAD_HELLOS = {
     "a truth for a number": header(json.dumps({**HELLO, "protocol": True}).encode()),
     "a text for a number": header(json.dumps({**HELLO, "faults": "0"}).encode()),
     "a number too large": header(json.dumps({**HELLO, "faults": 2**60}).encode()),
+    "an exec of no age": header(json.dumps({**HELLO, "execs": [{"id": "exec_1", "age_s": -1}]}).encode()),
+    "an exec with odd time": header(
+        json.dumps({**HELLO, "execs": [{"id": "exec_1", "left_s": []}]}).encode()
+    ),
     "nothing in it": header(b"{}"),
     "almost ok": header(json.dumps({**HELLO, "ok": "true"}).encode()),
     "an unknown error": header(b'{"ok": false, "code": "rm_rf"}'),
@@ -106,13 +112,14 @@ async def test_an_answer_with_odd_details_is_bounded():
     odd = {
         **HELLO,
         "python": "\ud800" * 100,
-        "execs": [None, 5, [], {"id": "\udfff" * 1000}, *({"id": n} for n in range(1000))],
+        "execs": [None, 5, [], {"id": "\udfff" * 1000, "kind": []}, *({"id": n} for n in range(1000))],
     }
     async with FakeAgent(says(header(json.dumps(odd).encode()))) as fake:
         hello = await Agent(fake.dial).hello()
     assert len(hello.python) <= 20
     assert len(hello.execs) <= 256
-    assert all(len(item) <= 64 for item in hello.execs)
+    assert all(len(item.id.encode()) <= 64 for item in hello.execs)
+    assert {item.kind for item in hello.execs} == {"code"}
 
 
 async def test_a_refusal_carries_clean_text_of_bounded_length():
@@ -395,3 +402,45 @@ async def test_a_request_larger_than_a_header_is_refused_before_it_is_sent():
             await events(fake, wanted)
         assert fake.streams[0].closed == 1
     assert caught.value.agent_code == "bad_request"
+
+
+async def test_a_request_with_a_key_is_told_whether_it_came_before():
+    first = OK + record(1, b"x") + end()
+    again = protocol.pack_header({"ok": True, "size": 9, "finished": True, "resumed": True, "age_s": 3.5})
+    async with FakeAgent(says(first), says(again + record(1, b"x") + end())) as fake:
+        assert (await events(fake, request(fingerprint="f")))[0] == Started(False, False, 0.0)
+        assert (await events(fake, request(fingerprint="f")))[0] == Started(True, True, 3.5)
+
+
+async def test_a_request_with_a_key_whose_agent_always_hangs_up_is_given_up():
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked = await read_request(reader)
+        writer.write(protocol.pack_header({**HELLO, "execs": []}) if asked["op"] == "hello" else OK)
+        await writer.drain()
+
+    async with FakeAgent(script) as fake:
+        with pytest.raises(LinkBrokenError):
+            await events(fake, request(fingerprint="f"))
+
+
+async def test_the_log_of_an_exec_that_runs_is_read_up_to_now():
+    now = record(1, b"so far")
+    reply = protocol.pack_header({"ok": True, "size": len(now), "finished": False})
+    async with FakeAgent(says(reply + now, hang_up=False)) as fake:
+        assert await Agent(fake.dial).read_log("exec_1") == [Output(False, b"so far")]
+        assert fake.streams[0].closed == 1
+
+
+@pytest.mark.parametrize(
+    "said", [{"ok": True}, {"ok": True, "size": -1}, {"ok": True, "size": 50}, {"ok": 1}]
+)
+async def test_a_log_that_is_none(said):
+    async with FakeAgent(says(protocol.pack_header(said) + record(1, b"x"))) as fake:
+        with pytest.raises(LinkBrokenError):
+            await Agent(fake.dial).read_log("exec_1")
+
+
+async def test_a_log_that_is_gone_is_no_error():
+    said = protocol.pack_header({"ok": False, "code": "unknown_exec", "message": ""})
+    async with FakeAgent(says(said)) as fake:
+        assert await Agent(fake.dial).read_log("exec_1") is None
