@@ -1,28 +1,30 @@
-"""The store's engine: sessions for reading and writing, and migrations. Knows no table."""
+"""The store: sessions for reading and writing, migrations, and locks between daemons. Knows no table.
+SQLite and PostgreSQL behave the same from here up, but for what `write` says."""
 
 import asyncio
-import sqlite3
-import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, closing
-from typing import Any, ClassVar
+import re
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import ClassVar, Literal, Protocol
 
 import structlog
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, MetaData, event, make_url, text
-from sqlalchemy.exc import OperationalError
-from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
-from sqlalchemy.pool import NullPool
+from sqlalchemy import Connection, MetaData, make_url, text
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from sqlmodel import SQLModel
 from sqlmodel.ext.asyncio.session import AsyncSession
 
-from sandboxd.kit.errors import UnavailableError
+from sandboxd.kit.errors import StoreUnavailableError
+from sandboxd.kit.postgres import Postgres
+from sandboxd.kit.sqlite import Sqlite
+
+__all__ = ["MIGRATIONS", "Database", "StoreUnavailableError", "Table"]
 
 MIGRATIONS = "sandboxd:migrations"
-READERS = 4
 PING_TIMEOUT_S = 2.0
-BUSY_TIMEOUT_S = 5
+LOCK_NAME = re.compile(r"[a-z0-9_.-]{1,64}")
 
 # Explicit names, so that a later migration can drop or change a constraint on every database.
 NAMING_CONVENTION = {
@@ -33,14 +35,7 @@ NAMING_CONVENTION = {
     "pk": "pk_%(table_name)s",
 }
 
-
 log = structlog.get_logger(__name__)
-
-
-class StoreUnavailableError(UnavailableError):
-    """Nothing was written; what is stored can still be read."""
-
-    code = "store_unavailable"
 
 
 class Table(SQLModel):
@@ -49,41 +44,64 @@ class Table(SQLModel):
     metadata: ClassVar[MetaData] = MetaData(naming_convention=NAMING_CONVENTION)
 
 
+class Backend(Protocol):
+    """What differs between the two kinds of store."""
+
+    @property
+    def dialect(self) -> Literal["sqlite", "postgresql"]: ...
+    def reader(self) -> AsyncEngine: ...
+    def writer(self) -> AsyncEngine: ...
+    def turn(self) -> AbstractAsyncContextManager[None]: ...
+    def migrate(self, run: Callable[[Connection], None]) -> None: ...
+    async def serialize(self, session: AsyncSession, name: str) -> None: ...
+    def singleton(self, name: str) -> AbstractAsyncContextManager[bool]: ...
+
+
 class Database:
-    """One SQLite file in WAL mode: many readers, one writer at a time. Call `migrate` first."""
+    """A store by its URL, `sqlite+aiosqlite:////path` or `postgresql+asyncpg://...`. Call `migrate` first.
+
+    Every method raises StoreUnavailableError when the store cannot be reached, or does not answer in time."""
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self._reader = _engine(url, begin="BEGIN", pool_size=READERS, max_overflow=0)
-        # A second writer could only wait for SQLite's lock: one connection, taken in turn.
-        self._writer = _engine(url, begin="BEGIN IMMEDIATE", pool_size=1, max_overflow=0)
+        self._backend = _backend(url)
+        self.dialect = self._backend.dialect
+        self._reader = self._backend.reader()
+        self._writer = self._backend.writer()
         self._read_session = async_sessionmaker(self._reader, class_=AsyncSession, expire_on_commit=False)
         self._write_session = async_sessionmaker(self._writer, class_=AsyncSession, expire_on_commit=False)
-        # Waits as long as it takes, where the pool's own queue would give up after 30 seconds.
-        self._write_lock = asyncio.Lock()
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncSession]:
         """A session on one consistent view; what it writes is rolled back."""
-        async with self._read_session() as session:
-            yield session
+        with _PoolErrors():
+            async with self._read_session() as session:
+                yield session
 
     @asynccontextmanager
     async def write(self) -> AsyncIterator[AsyncSession]:
-        """The one writing session: commits on exit, rolls back on any error. Await nothing slow inside."""
-        try:
-            async with self._write_lock, self._write_session() as session, session.begin():
+        """A writing session: commits on exit, rolls back on any error. Await nothing slow inside.
+
+        On SQLite it is the only one. On PostgreSQL others write at the same time, also in other daemons, so
+        what is read first may have changed by the time of the write: guard the write by the state it expects,
+        read with `FOR UPDATE`, or call `serialize`."""
+        with _PoolErrors():
+            async with self._backend.turn(), self._write_session() as session, session.begin():
                 yield session
-        except OperationalError as error:
-            log.error("store cannot be written", reason=str(error.orig))
-            raise StoreUnavailableError(
-                f"The store cannot be written: {error.orig}. Free some space if the server's disk is full, "
-                "then try again."
-            ) from error
+
+    async def serialize(self, session: AsyncSession, name: str) -> None:
+        """In a writing session: wait until no other one holds `name`, and hold it up to the commit."""
+        await self._backend.serialize(session, _lock_name(name))
+
+    def singleton(self, name: str) -> AbstractAsyncContextManager[bool]:
+        """Gives True if nobody else, in this daemon or another on the same store, holds `name`; never waits.
+
+        For one piece of work at a time: on PostgreSQL a lost connection ends the hold unnoticed."""
+        return self._backend.singleton(_lock_name(name))
 
     async def migrate(self) -> None:
         """Bring the schema up to date. Safe to run in two processes at once, and again."""
-        await asyncio.to_thread(_migrate, self.url)
+        await asyncio.to_thread(self._backend.migrate, _run_alembic)
 
     async def ping(self) -> None:
         """Raise unless the store answers in time and has been migrated."""
@@ -95,54 +113,27 @@ class Database:
         await self._writer.dispose()
 
 
-def _engine(url: str, *, begin: str, foreign_keys: bool = True, **options: Any) -> AsyncEngine:
-    engine = create_async_engine(url, **options)
+class _PoolErrors:
+    """Turns a wait for a free connection that took too long into StoreUnavailableError."""
 
-    # The driver would start transactions by itself, and only before DML: take that over, so that a read is
-    # one snapshot and a write holds the lock from its first statement (no upgrade, hence no SQLITE_BUSY).
-    @event.listens_for(engine.sync_engine, "connect")
-    def on_connect(connection: Any, _record: object) -> None:
-        connection.isolation_level = None
-        cursor = connection.cursor()
-        cursor.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_S * 1000}")
-        cursor.execute("PRAGMA synchronous = NORMAL")
-        cursor.execute(f"PRAGMA foreign_keys = {'ON' if foreign_keys else 'OFF'}")
-        cursor.close()
+    def __enter__(self) -> None:
+        return None
 
-    @event.listens_for(engine.sync_engine, "begin")
-    def on_begin(connection: Connection) -> None:
-        connection.exec_driver_sql(begin)
-
-    return engine
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, PoolTimeoutError):
+            log.error("store unavailable", reason=str(error))
+            raise StoreUnavailableError("The store has too much to do. Try again in a while.") from error
 
 
-def _migrate(url: str) -> None:
-    _use_wal(make_url(url).database or "")
-    asyncio.run(_upgrade(url))
+def _backend(url: str) -> Backend:
+    parsed = make_url(url)
+    return Postgres(parsed) if parsed.get_backend_name() == "postgresql" else Sqlite(parsed)
 
 
-def _use_wal(path: str) -> None:
-    # The mode stays in the file. Two processes that change it at once get SQLITE_BUSY without any waiting.
-    deadline = time.monotonic() + BUSY_TIMEOUT_S
-    while True:
-        with closing(sqlite3.connect(path, timeout=BUSY_TIMEOUT_S)) as connection:
-            try:
-                connection.execute("PRAGMA journal_mode = WAL")
-                return
-            except sqlite3.OperationalError:
-                if time.monotonic() > deadline:
-                    raise
-        time.sleep(0.01)
-
-
-async def _upgrade(url: str) -> None:
-    # Rebuilding a table (SQLite cannot alter one) must not fire its cascades: foreign keys are off here.
-    engine = _engine(url, begin="BEGIN IMMEDIATE", foreign_keys=False, poolclass=NullPool)
-    try:
-        async with engine.begin() as connection:
-            await connection.run_sync(_run_alembic)
-    finally:
-        await engine.dispose()
+def _lock_name(name: str) -> str:
+    if LOCK_NAME.fullmatch(name) is None:
+        raise ValueError(f"no name of a lock: {name!r}")
+    return name
 
 
 def _run_alembic(connection: Connection) -> None:

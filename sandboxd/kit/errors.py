@@ -75,3 +75,10 @@ class UnavailableError(SandboxdError):
         self, message: str, *, param: str | None = None, code: str | None = None, retry_after_s: int = 1
     ) -> None:
         super().__init__(message, param=param, code=code, headers={"Retry-After": str(retry_after_s)})
+
+
+class StoreUnavailableError(UnavailableError):
+    """The store could not be reached or did not answer in time. Nothing was written, unless the answer to the
+    commit itself got lost."""
+
+    code = "store_unavailable"

@@ -7,11 +7,15 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from sandboxd.kit.postgres import check_url
+
 ENV_PREFIX = "SANDBOXD_"
 
 
 class Settings(BaseSettings):
-    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, frozen=True, extra="forbid", hide_input_in_errors=True
+    )
 
     host: str = Field("127.0.0.1", description="Address the HTTP API listens on.")
     port: int = Field(8080, ge=0, le=65535, description="Port of the HTTP API; 0 picks a free one.")
@@ -21,7 +25,9 @@ class Settings(BaseSettings):
     run_dir: Path = Field(Path("/run/sandboxd"), description="Sockets of the running sandboxes.")
     database_url: str = Field(
         default_factory=lambda data: _default_database_url(data),
-        description="SQLAlchemy URL of the store; default is `sandboxd.db` in the state folder.",
+        repr=False,
+        description="The store: `sqlite+aiosqlite:////path` or `postgresql://user:password@host/database`; "
+        "default is `sandboxd.db` in the state folder.",
     )
     docker_url: str = Field(
         "unix:///var/run/docker.sock", description="Docker Engine that runs the sandboxes."
@@ -109,6 +115,9 @@ class Settings(BaseSettings):
     node_url: str = Field(
         "", description="Where other daemons on the same store reach this one: `http://host:port`."
     )
+    fail_point: str = Field(
+        "", description="For tests only: the daemon kills itself at this step of a sandbox's life."
+    )
     metrics_public: bool = Field(False, description="Serve `/metrics` to peers other than loopback, too.")
 
     @field_validator("state_dir", "run_dir")
@@ -121,12 +130,15 @@ class Settings(BaseSettings):
     @field_validator("database_url")
     @classmethod
     def _known_database(cls, value: str) -> str:
-        if not value.startswith("sqlite+aiosqlite:////"):
-            # The URL may hold a password: only its scheme is repeated.
-            raise ValueError(
-                f"must be sqlite+aiosqlite:///<absolute path of a file>, not {value.partition(':')[0]!r}..."
-            )
-        return value
+        if value.startswith("sqlite+aiosqlite:////"):
+            return value
+        if value.startswith(("postgresql:", "postgresql+")):
+            return check_url(value)
+        # The value may hold a password: it is not repeated.
+        raise ValueError(
+            "must be sqlite+aiosqlite:///<absolute path of a file>"
+            " or postgresql://<user>:<password>@<host>:<port>/<database>"
+        )
 
 
 def variable_name(field: str) -> str:

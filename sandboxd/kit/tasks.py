@@ -65,5 +65,7 @@ async def _repeat(interval_s: float, name: str, tick: Callable[[], Awaitable[obj
         await asyncio.sleep(interval_s)
         try:
             await tick()
+        except SandboxdError as error:
+            log.warning("job tick failed", task=name, reason=error.message)
         except Exception:  # border of a job tick: the loop must outlive it
             log.exception("job tick failed", task=name)

@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,13 @@ def test_settings_cannot_change():
         ("MAX_BODY_MB", "0"),
         ("DATABASE_URL", "sqlite+aiosqlite:///relative.db"),
         ("DATABASE_URL", "mysql://user:hunter2@host/db"),
+        ("DATABASE_URL", "hunter2"),
+        ("DATABASE_URL", "postgres://user:hunter2@host/db"),
+        ("DATABASE_URL", "postgresql+psycopg://user:hunter2@host/db"),
+        ("DATABASE_URL", "postgresql://user:hunter2@host"),
+        ("DATABASE_URL", "postgresql://user:p@hunter2:db"),
+        ("DATABASE_URL", "postgresql://user:hunter2@host:port/db"),
+        ("DATABASE_URL", "postgresql://user:hunter2@host/db?pasword=hunter2"),
     ],
 )
 def test_a_wrong_value_is_refused(monkeypatch, name, value):
@@ -44,6 +52,21 @@ def test_a_wrong_value_is_refused(monkeypatch, name, value):
         Settings()
     assert caught.value.errors()[0]["loc"] == (name.lower(),)
     assert "hunter2" not in caught.value.errors()[0]["msg"]
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_postgresql_url_gets_its_driver_and_keeps_its_password(monkeypatch):
+    monkeypatch.setenv("SANDBOXD_DATABASE_URL", "postgresql://e80:a%40b%2Fc@host:5433/db?sslmode=require")
+    settings = Settings()
+    assert settings.database_url == "postgresql+asyncpg://e80:a%40b%2Fc@host:5433/db?sslmode=require"
+    assert "a%40b" not in repr(settings)
+
+
+def test_a_missing_driver_is_said_with_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "asyncpg", None)
+    monkeypatch.setenv("SANDBOXD_DATABASE_URL", "postgresql://e80:hunter2@host/db")
+    with pytest.raises(ValidationError, match=r"pip install 'e80\[server,postgres\]'"):
+        Settings()
 
 
 def test_a_misspelt_variable_is_found(monkeypatch):

@@ -3,6 +3,7 @@ import asyncio
 import pytest
 from structlog.testing import capture_logs
 
+from sandboxd.kit.errors import UnavailableError
 from sandboxd.kit.tasks import TaskOwner
 
 
@@ -38,6 +39,18 @@ async def test_a_repeated_task_survives_a_failing_tick():
             owner.every(0.001, "ticker", tick)
             await until(lambda: ticks >= 3)
     assert [(entry["event"], entry["task"]) for entry in logs] == [("job tick failed", "ticker")]
+
+
+async def test_a_known_fault_of_a_tick_is_logged_without_a_traceback():
+    async def tick() -> None:
+        raise UnavailableError("the store is away")
+
+    with capture_logs() as logs:
+        async with TaskOwner() as owner:
+            owner.every(0.001, "ticker", tick)
+            await until(lambda: logs)
+    assert (logs[0]["log_level"], logs[0]["reason"]) == ("warning", "the store is away")
+    assert "exc_info" not in logs[0]
 
 
 async def test_close_cancels_and_waits():
