@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import fcntl
 import os
+import re
 import resource
 import signal
 import socket
@@ -19,16 +20,26 @@ from fastapi import FastAPI
 from pydantic import ValidationError
 
 from sandboxd.app import VERSION, Services, create_app
+from sandboxd.identity.schemas import CreateKeyBody
 from sandboxd.identity.service import IdentityService
 from sandboxd.kit import logging
 from sandboxd.kit.clock import SystemClock
 from sandboxd.kit.db import Database
+from sandboxd.kit.errors import SandboxdError
 from sandboxd.kit.settings import Settings, unknown_variables, variable_name
 
 EXIT_FAILED = 1
 EXIT_USAGE = 64
 # Bounds how long cancelled requests and open connections may take to end.
 CLOSE_TIMEOUT_S = 2
+SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+# What fits into the store's column.
+QUOTA_MAX = 2**31 - 1
+QUOTA_OPTIONS = {
+    "sandboxes": "sandboxes alive at once",
+    "cpu_mhz": "CPU of its living sandboxes together",
+    "memory_size_mb": "memory of its living sandboxes together",
+}
 
 log = structlog.get_logger(__name__)
 
@@ -56,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_FAILED
     if options.command == "create-key":
         return asyncio.run(_create_key(settings, options.organization, options.project, options.name))
+    if options.command == "set-quota":
+        return asyncio.run(_set_quota(settings, options))
     return _serve(settings)
 
 
@@ -68,10 +81,51 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser("serve", help="run the daemon in the foreground (the default)")
     create_key = commands.add_parser("create-key", help="make an API key and print it, alone, on stdout")
-    create_key.add_argument("--organization", default="default", help="made when missing (default: default)")
-    create_key.add_argument("--project", default="default", help="made when missing (default: default)")
-    create_key.add_argument("--name", required=True, help="what the key is for")
+    create_key.add_argument(
+        "--organization", type=_slug, default="default", help="made when missing (default: default)"
+    )
+    create_key.add_argument(
+        "--project", type=_slug, default="default", help="made when missing (default: default)"
+    )
+    create_key.add_argument("--name", type=_name, required=True, help="what the key is for")
+    set_quota = commands.add_parser("set-quota", help="change and print what a project may take")
+    set_quota.add_argument("--organization", type=_slug, default="default", help="(default: default)")
+    set_quota.add_argument("--project", type=_slug, required=True)
+    for name, what in QUOTA_OPTIONS.items():
+        set_quota.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=_quota,
+            default=argparse.SUPPRESS,
+            metavar="N|none",
+            help=f"{what}; none: as the server's settings say",
+        )
     return parser
+
+
+def _slug(text: str) -> str:
+    if SLUG.fullmatch(text) is None:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a name: 1 to 63 letters, digits, '.', '_', '-', the first a letter or digit"
+        )
+    return text
+
+
+def _name(text: str) -> str:
+    try:
+        return CreateKeyBody(name=text).name
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise argparse.ArgumentTypeError(f"{text!r}: {reason}") from None
+
+
+def _quota(text: str) -> int | None:
+    if text == "none":
+        return None
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:20]) <= QUOTA_MAX:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither 'none' nor a whole number from 1 to {QUOTA_MAX}"
+        )
+    return int(text)
 
 
 async def _create_key(settings: Settings, organization: str, project: str, name: str) -> int:
@@ -80,11 +134,40 @@ async def _create_key(settings: Settings, organization: str, project: str, name:
         await db.migrate()
         identity = IdentityService(db, SystemClock())
         owner = await identity.ensure_project(organization, project)
-        created = await identity.create_key(owner.id, name)
+        created = await identity.create_key(owner.id, name, actor="sandboxd create-key")
+    except SandboxdError as error:
+        sys.stderr.write(f"sandboxd: {error.message}\n")
+        return EXIT_FAILED
     finally:
         await db.close()
     sys.stdout.write(f"{created.key}\n")
     return 0
+
+
+async def _set_quota(settings: Settings, options: argparse.Namespace) -> int:
+    changes = {name: getattr(options, name) for name in QUOTA_OPTIONS if hasattr(options, name)}
+    db = Database(settings.database_url)
+    try:
+        await db.migrate()
+        identity = IdentityService(db, SystemClock())
+        quota = await identity.set_quota(
+            options.organization, options.project, changes, actor="sandboxd set-quota"
+        )
+    except SandboxdError as error:
+        sys.stderr.write(f"sandboxd: {error.message}\n")
+        return EXIT_FAILED
+    finally:
+        await db.close()
+    for name in QUOTA_OPTIONS:
+        own = getattr(quota, name)
+        sys.stdout.write(f"{name}: {_server_quota(settings, name) if own is None else own}\n")
+    return 0
+
+
+def _server_quota(settings: Settings, name: str) -> str:
+    field = f"quota_{name}"
+    value = getattr(settings, field)
+    return f"{value} ({variable_name(field)})" if value else "none"
 
 
 def _serve(settings: Settings) -> int:

@@ -25,3 +25,24 @@ class IdempotencyConflictError(ConflictError):
             " it made, or a new key to make something new.",
             param="Idempotency-Key",
         )
+
+
+class IdempotencyReplayedError(ConflictError):
+    code = "idempotency_replayed"
+
+    def __init__(self, key: str, resource_id: str) -> None:
+        super().__init__(
+            f"Idempotency-Key {key[:64]!r} has made the API key {resource_id} before, and its secret is shown"
+            " only once. If that answer is lost, revoke it and make another one with a new Idempotency-Key.",
+            param="Idempotency-Key",
+        )
+
+
+class NoSuchProjectError(NotFoundError):
+    """For the operator, who may know which organizations and projects there are."""
+
+    def __init__(self, organization: str, project: str) -> None:
+        super().__init__(
+            f"There is no project {project!r} in organization {organization!r}. "
+            f"Make it: sandboxd create-key --organization {organization} --project {project} --name NAME"
+        )

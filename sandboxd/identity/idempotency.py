@@ -64,6 +64,17 @@ def check_same(row: IdempotencyKey, digest: str) -> None:
         raise IdempotencyConflictError(row.key)
 
 
+async def release(session: AsyncSession, project_id: str, scope: str, key: str) -> None:
+    """Frees the key of a request that made nothing after all."""
+    await session.exec(
+        delete(IdempotencyKey).where(
+            col(IdempotencyKey.project_id) == project_id,
+            col(IdempotencyKey.scope) == scope,
+            col(IdempotencyKey.key) == key,
+        )
+    )
+
+
 async def forget(session: AsyncSession, before: float) -> None:
     """Deletes the keys that were first used before that time."""
     await session.exec(delete(IdempotencyKey).where(col(IdempotencyKey.created_at) < before))

@@ -1,10 +1,10 @@
 """Bodies of the key routes."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field
 
-from sandboxd.identity.models import ApiKey
+from sandboxd.identity.models import ApiKey, AuditEntry
 from sandboxd.kit.http import Body
 from sandboxd.kit.paging import Resource
 
@@ -42,6 +42,30 @@ class ApiKeyOut(Resource):
 
 class CreatedKeyOut(ApiKeyOut):
     key: str = Field(description="The secret. It is shown in this answer only.")
+
+
+class AuditEntryOut(Resource):
+    object: Literal["audit_entry"] = "audit_entry"
+    created_at: int
+    actor: str = Field(description="The API key's id, or the part of the server that acted by itself.")
+    action: str
+    resource_id: str
+    request_id: str | None
+    client: str | None = Field(description="The peer's address as the server saw it.")
+    details: dict[str, Any]
+
+    @classmethod
+    def of(cls, row: AuditEntry) -> Self:
+        return cls(
+            id=row.id,
+            created_at=int(row.created_at),
+            actor=row.actor,
+            action=row.action,
+            resource_id=row.resource_id,
+            request_id=row.request_id,
+            client=row.client,
+            details=row.details,
+        )
 
 
 def _seconds(value: float | None) -> int | None:

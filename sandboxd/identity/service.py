@@ -1,22 +1,29 @@
 """Rules of identity: who a key is, and how keys are made and revoked. Look-ups are cached in memory."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
-from sandboxd.identity import store
-from sandboxd.identity.errors import KeyNotFoundError, ProjectNotFoundError
-from sandboxd.identity.models import ApiKey, Organization, Project
+from sandboxd.identity import audit, idempotency, store
+from sandboxd.identity.errors import (
+    IdempotencyReplayedError,
+    KeyNotFoundError,
+    NoSuchProjectError,
+    ProjectNotFoundError,
+)
+from sandboxd.identity.models import ApiKey, AuditEntry, Organization, Project
 from sandboxd.identity.secrets import digest, display_prefix, is_well_formed, new_key
 from sandboxd.kit.clock import Clock
 from sandboxd.kit.db import Database
 from sandboxd.kit.errors import UnauthorizedError
-from sandboxd.kit.ids import new_id
+from sandboxd.kit.ids import is_id, new_id
 from sandboxd.kit.paging import PageParams
 
 CACHE_SIZE = 10_000
 # Bounds how long a change made to the file by hand goes unseen; revoking through the API acts at once.
 CACHE_TTL_S = 30.0
 FLUSH_BATCH = 500
+IDEMPOTENCY_SCOPE = "apikey"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,18 +93,75 @@ class IdentityService:
                 session.add(found)
         return found
 
-    async def create_key(self, project_id: str, name: str) -> CreatedKey:
-        key = new_key()
+    async def set_quota(
+        self, organization: str, project: str, changes: Mapping[str, int | None], *, actor: str
+    ) -> Quota:
+        """Changes the named parts of a project's quota and leaves the others. Without changes it only tells
+        the quota. Daemons that run follow within CACHE_TTL_S."""
+        async with self._db.write() as session:
+            owner = await store.find_organization(session, organization)
+            found = owner and await store.find_project(session, owner.id, project)
+            if not found:
+                raise NoSuchProjectError(organization, project)
+            for name, value in changes.items():
+                setattr(found, f"max_{name}", value)
+            if changes:
+                session.add(found)
+                audit.record(
+                    session,
+                    project_id=found.id,
+                    actor=actor,
+                    action="project.set_quota",
+                    resource_id=found.id,
+                    at=self._clock.now(),
+                    **changes,
+                )
+            return Quota.of(found)
+
+    async def create_key(
+        self,
+        project_id: str,
+        name: str,
+        *,
+        actor: str,
+        idempotency_key: str | None = None,
+        request_digest: str = "",
+    ) -> CreatedKey:
+        """A new key. One that an earlier request with the same Idempotency-Key made is refused, not repeated:
+        its secret is gone."""
+        key, now = new_key(), self._clock.now()
         row = ApiKey(
             id=new_id("key"),
             project_id=project_id,
             name=name,
             prefix=display_prefix(key),
             secret_sha256=digest(key),
-            created_at=self._clock.now(),
+            created_at=now,
         )
         async with self._db.write() as session:
+            if idempotency_key is not None:
+                first = await idempotency.insert(
+                    session,
+                    project_id=project_id,
+                    scope=IDEMPOTENCY_SCOPE,
+                    key=idempotency_key,
+                    digest=request_digest,
+                    resource_id=row.id,
+                    at=now,
+                )
+                if first is not None:
+                    idempotency.check_same(first, request_digest)
+                    raise IdempotencyReplayedError(idempotency_key, first.resource_id)
             session.add(row)
+            audit.record(
+                session,
+                project_id=project_id,
+                actor=actor,
+                action="apikey.create",
+                resource_id=row.id,
+                at=now,
+                name=name,
+            )
         return CreatedKey(row=row, key=key)
 
     async def list_keys(self, project_id: str, params: PageParams) -> tuple[list[ApiKey], bool]:
@@ -108,24 +172,50 @@ class IdentityService:
 
     async def get_key(self, project_id: str, key_id: str) -> ApiKey:
         async with self._db.read() as session:
-            row = await store.find_key(session, project_id, key_id)
+            row = await store.find_key(session, project_id, key_id) if is_id(key_id) else None
         if row is None:
             raise KeyNotFoundError(key_id)
         return self._fresh(row)
 
-    async def revoke_key(self, project_id: str, key_id: str) -> ApiKey:
+    async def revoke_key(self, project_id: str, key_id: str, *, actor: str) -> ApiKey:
         """Make a key useless at once. Idempotent: the first revocation's time stays."""
+        if not is_id(key_id):
+            raise KeyNotFoundError(key_id)
+        now = self._clock.now()
         async with self._db.write() as session:
+            if await store.revoke(session, project_id, key_id, now):
+                audit.record(
+                    session,
+                    project_id=project_id,
+                    actor=actor,
+                    action="apikey.revoke",
+                    resource_id=key_id,
+                    at=now,
+                )
             row = await store.find_key(session, project_id, key_id)
             if row is None:
                 raise KeyNotFoundError(key_id)
-            if row.revoked_at is None:
-                row.revoked_at = self._clock.now()
-                session.add(row)
         # Also on a repeat: it costs nothing, and repairs a first call that died right after its commit.
         self._revocations += 1
         self._cache.pop(row.secret_sha256, None)
         return self._fresh(row)
+
+    async def list_audit(
+        self,
+        project_id: str,
+        params: PageParams,
+        *,
+        action: str | None = None,
+        resource_id: str | None = None,
+    ) -> tuple[list[AuditEntry], bool]:
+        """One page of what was done in a project, and whether there is more."""
+        async with self._db.read() as session:
+            return await store.list_audit(session, project_id, action, resource_id, params)
+
+    async def forget_idempotency_keys(self) -> None:
+        """Delete those that need not be recognised any more. A job calls this."""
+        async with self._db.write() as session:
+            await idempotency.forget(session, self._clock.now() - idempotency.KEPT_S)
 
     async def flush_last_used(self) -> None:
         """Write down when keys were last used. A job calls this; requests only note the time in memory."""

@@ -6,7 +6,7 @@ from sqlalchemy import update
 from sqlmodel import col, select
 from sqlmodel.ext.asyncio.session import AsyncSession
 
-from sandboxd.identity.models import ApiKey, Organization, Project
+from sandboxd.identity.models import ApiKey, AuditEntry, Organization, Project
 from sandboxd.kit.paging import PageParams, paged, split
 
 
@@ -36,6 +36,29 @@ async def find_key(session: AsyncSession, project_id: str, key_id: str) -> ApiKe
 async def list_keys(session: AsyncSession, project_id: str, params: PageParams) -> tuple[list[ApiKey], bool]:
     query = paged(select(ApiKey).where(ApiKey.project_id == project_id), col(ApiKey.id), params)
     return split((await session.exec(query)).all(), params)
+
+
+async def revoke(session: AsyncSession, project_id: str, key_id: str, at: float) -> bool:
+    """Whether the key is revoked now and was not before; guarded, as two requests may come at once."""
+    result = await session.exec(
+        update(ApiKey)
+        .where(
+            col(ApiKey.id) == key_id, col(ApiKey.project_id) == project_id, col(ApiKey.revoked_at).is_(None)
+        )
+        .values(revoked_at=at)
+    )
+    return result.rowcount == 1
+
+
+async def list_audit(
+    session: AsyncSession, project_id: str, action: str | None, resource_id: str | None, params: PageParams
+) -> tuple[list[AuditEntry], bool]:
+    query = select(AuditEntry).where(AuditEntry.project_id == project_id)
+    if action is not None:
+        query = query.where(AuditEntry.action == action)
+    if resource_id is not None:
+        query = query.where(AuditEntry.resource_id == resource_id)
+    return split((await session.exec(paged(query, col(AuditEntry.id), params))).all(), params)
 
 
 async def set_last_used(session: AsyncSession, times: Mapping[str, float]) -> None:

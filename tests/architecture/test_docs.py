@@ -51,7 +51,7 @@ def test_every_route_is_documented(docs, tmp_path):
 
 
 def test_every_command_of_the_daemon_is_documented(docs):
-    for command in ("sandboxd serve", "sandboxd create-key"):
+    for command in ("sandboxd serve", "sandboxd create-key", "sandboxd set-quota"):
         assert command in docs
 
 

@@ -132,6 +132,46 @@ def test_keys_of_one_project_share_it(environment, tmp_path):
     assert asyncio.run(count()) == 1
 
 
+def test_a_quota_is_set_in_parts_and_told(environment):
+    assert run(environment, "create-key", "--project", "web", "--name", "a").returncode == 0
+    environment = {**environment, "SANDBOXD_QUOTA_MEMORY_SIZE_MB": "4096"}
+    first = run(environment, "set-quota", "--project", "web", "--sandboxes", "3", "--cpu-mhz", "5000")
+    assert (
+        first.stdout == "sandboxes: 3\ncpu_mhz: 5000\nmemory_size_mb: 4096 (SANDBOXD_QUOTA_MEMORY_SIZE_MB)\n"
+    )
+    second = run(
+        environment, "set-quota", "--project", "web", "--sandboxes", "none", "--memory-size-mb", "99"
+    )
+    assert second.stdout == "sandboxes: none\ncpu_mhz: 5000\nmemory_size_mb: 99\n"
+    assert run(environment, "set-quota", "--project", "web").stdout == second.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--project", "nope"], "There is no project 'nope' in organization 'default'"),
+        (["--project", "a b"], "'a b' is not a name"),
+        (["--project", "web", "--sandboxes", "0"], "'0' is neither 'none' nor a whole number from 1"),
+        (["--project", "web", "--cpu-mhz", "1.5"], "'1.5' is neither"),
+        (["--project", "web", "--memory-size-mb", "99999999999"], "to 2147483647"),
+        ([], "--project"),
+    ],
+)
+def test_a_bad_quota_is_refused_with_a_reason(environment, arguments, words):
+    refused = run(environment, "set-quota", *arguments)
+    assert refused.returncode != 0
+    assert refused.stdout == ""
+    assert words in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_a_bad_name_of_a_key_is_refused_with_a_reason(environment):
+    for arguments in (["--name", ""], ["--name", "x" * 101], ["--name", "a", "--organization", "x" * 64]):
+        refused = run(environment, "create-key", *arguments)
+        assert refused.returncode != 0
+        assert "error: argument --" in refused.stderr
+
+
 def test_version_and_usage(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["--version"])

@@ -25,7 +25,7 @@ async def make_client(identity):
 
     async def make(project: str) -> httpx2.AsyncClient:
         owner = await identity.ensure_project("acme", project)
-        key = (await identity.create_key(owner.id, "first")).key
+        key = (await identity.create_key(owner.id, "first", actor="tests")).key
         headers = {"Authorization": f"Bearer {key}"}
         return httpx2.AsyncClient(transport=transport, base_url="http://test", headers=headers)
 
@@ -144,3 +144,56 @@ async def test_a_foreign_project_in_the_body_is_404(client):
     assert response.status_code == 404
     assert response.json()["error"]["param"] == "project"
     assert (await client.post("/v1/apikeys", json={"project": "web"})).status_code == 201
+
+
+async def test_a_repeated_create_names_the_key_made_before(client):
+    send = {"json": {"name": "ci"}, "headers": {"Idempotency-Key": "build 17"}}
+    made = await client.post("/v1/apikeys", **send)
+    assert made.status_code == 201
+    again = await client.post("/v1/apikeys", **send)
+    assert again.status_code == 409
+    assert again.json()["error"]["code"] == "idempotency_replayed"
+    assert made.json()["id"] in again.json()["error"]["message"]
+    assert made.json()["key"] not in again.text
+    other = await client.post("/v1/apikeys", json={"name": "else"}, headers=send["headers"])
+    assert other.status_code == 409
+    assert other.json()["error"]["code"] == "idempotency_conflict"
+    assert len((await client.get("/v1/apikeys")).json()["data"]) == 2
+
+
+async def test_projects_do_not_share_idempotency_keys(client, make_client):
+    send = {"json": {}, "headers": {"Idempotency-Key": "k"}}
+    for someone in (client, await make_client("other")):
+        assert (await someone.post("/v1/apikeys", **send)).status_code == 201
+
+
+async def test_the_audit_trail_tells_who_from_where(client, make_client):
+    own = (await client.get("/v1/apikeys/current")).json()["id"]
+    made = (await client.post("/v1/apikeys", json={"name": "ci"}, headers={"X-Request-Id": "r-1"})).json()[
+        "id"
+    ]
+    await client.delete(f"/v1/apikeys/{made}")
+    page = (await client.get("/v1/audit?limit=2")).json()
+    assert page["has_more"] is True
+    revoked, created = page["data"]
+    assert (revoked["action"], revoked["resource_id"], revoked["actor"]) == ("apikey.revoke", made, own)
+    assert created == {
+        "id": created["id"],
+        "object": "audit_entry",
+        "created_at": 1_700_000_000,
+        "actor": own,
+        "action": "apikey.create",
+        "resource_id": made,
+        "request_id": "r-1",
+        "client": "127.0.0.1",
+        "details": {"name": "ci"},
+    }
+    only = (await client.get(f"/v1/audit?action=apikey.create&resource_id={made}")).json()
+    assert [entry["id"] for entry in only["data"]] == [created["id"]]
+    elsewhere = (await (await make_client("other")).get(f"/v1/audit?resource_id={made}")).json()
+    assert elsewhere["data"] == []
+
+
+@pytest.mark.parametrize("query", ["action=A", "action=%00", "resource_id=", "resource_id=%00", "actor=x"])
+async def test_a_bad_filter_of_the_audit_trail_is_400(client, query):
+    assert (await client.get(f"/v1/audit?{query}")).status_code == 400

@@ -1,6 +1,6 @@
 import re
 
-from sandboxd.kit.ids import ID_PATTERN, RANDOM_BITS, new_id
+from sandboxd.kit.ids import ID_PATTERN, RANDOM_BITS, is_id, new_id
 
 
 def test_an_id_has_its_prefix_and_the_documented_form():
@@ -36,3 +36,9 @@ def test_all_random_bits_vary():
 
 def test_the_host_name_form_fits_into_a_label_with_a_port():
     assert len("65535-" + new_id("sbx").partition("_")[2]) <= 63
+
+
+def test_what_can_be_an_id():
+    assert is_id(new_id("sbx"))
+    for text in ("", "sbx_", new_id("sbx")[:-1], new_id("sbx") + "\n", new_id("sbx").upper(), "a\0"):
+        assert not is_id(text)

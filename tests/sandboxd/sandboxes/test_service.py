@@ -113,7 +113,7 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
     await world.db.migrate()
     identity = IdentityService(world.db, world.clock)
     project = await identity.ensure_project("org", "proj")
-    key = await identity.create_key(project.id, "k")
+    key = await identity.create_key(project.id, "k", actor="tests")
     world.principal = await identity.authenticate(key.key)
     yield world
     await world.tasks.close()
