@@ -44,6 +44,7 @@ from sandboxd.sandboxes.service import SandboxService
 
 VERSION = version("e80")
 LAST_USED_INTERVAL_S = 60.0
+FORGET_INTERVAL_S = 3600.0
 READY_TIMEOUT_S = 3.0
 START_RETRY_S = 2.0
 SETTLE_TIMEOUT_S = 10.0
@@ -62,6 +63,20 @@ class CheckOut(BaseModel):
 class IsolationOut(BaseModel):
     level: int
     runtime: str
+
+
+class HealthOut(BaseModel):
+    status: Literal["ok"] = "ok"
+    version: str
+
+
+class ReadyOut(BaseModel):
+    status: Literal["ok"] = "ok"
+
+
+class NotReadyOut(BaseModel):
+    status: Literal["unavailable"] = "unavailable"
+    reasons: dict[str, str]
 
 
 class DoctorOut(BaseModel):
@@ -153,6 +168,9 @@ async def _running(services: Services) -> AsyncIterator[None]:
     try:
         await services.db.migrate()
         services.tasks.every(LAST_USED_INTERVAL_S, "identity.last_used", services.identity.flush_last_used)
+        services.tasks.every(
+            FORGET_INTERVAL_S, "identity.idempotency", services.identity.forget_idempotency_keys
+        )
         if not await _start_sandboxes(services):
             services.tasks.start("sandboxes.start", _keep_starting(services))
         yield
@@ -209,15 +227,17 @@ def _make_operations_router(services: Services) -> APIRouter:
     router = APIRouter(tags=["operations"])
 
     @router.get("/healthz")
-    async def health() -> dict[str, str]:
-        return {"status": "ok", "version": VERSION}
+    async def health() -> HealthOut:
+        """Whether the process answers at all."""
+        return HealthOut(version=VERSION)
 
-    @router.get("/readyz")
+    @router.get("/readyz", responses={200: {"model": ReadyOut}, 503: {"model": NotReadyOut}})
     async def ready() -> Response:
+        """Whether it can serve sandboxes, and what keeps it from that."""
         reasons = await _reasons_not_ready(services)
         if reasons:
-            return JSONResponse({"status": "unavailable", "reasons": reasons}, 503)
-        return JSONResponse({"status": "ok"})
+            return JSONResponse(NotReadyOut(reasons=reasons).model_dump(), 503)
+        return JSONResponse(ReadyOut().model_dump())
 
     @router.get("/v1/doctor")
     async def doctor(_principal: CurrentPrincipal) -> DoctorOut:
@@ -228,8 +248,13 @@ def _make_operations_router(services: Services) -> APIRouter:
             isolation=IsolationOut(level=found.isolation_level, runtime=found.runtime),
         )
 
-    @router.get("/metrics")
+    @router.get(
+        "/metrics",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    )
     async def metrics(request: Request) -> Response:
+        """For Prometheus."""
         if not services.settings.metrics_public and not _is_loopback(request):
             raise ForbiddenError(
                 "Metrics are for loopback peers only. Set SANDBOXD_METRICS_PUBLIC=true to open them."

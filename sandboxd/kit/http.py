@@ -61,7 +61,18 @@ class ErrorBody(BaseModel):
 
 
 # For the application's `responses`: FastAPI would document its own 422 otherwise, which we never send.
-ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {"default": {"model": ErrorBody, "description": "Error"}}
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    "default": {
+        "model": ErrorBody,
+        "description": "Error",
+        "headers": {
+            "X-Request-Id": {"required": True, "schema": {"type": "string"}},
+            "Retry-After": {"description": "Seconds, with 429 and 503.", "schema": {"type": "integer"}},
+        },
+    }
+}
+# For the `content` of a response that can be a stream, made by `sse_response`.
+EVENT_STREAM: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string"}}}
 
 
 class Body(BaseModel):
