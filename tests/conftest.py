@@ -1,4 +1,5 @@
-"""What tests share: a real daemon on a real engine, and the rule when a Docker test may be skipped."""
+"""What tests share: a real daemon on a real engine, a real PostgreSQL, and the rule when a test that needs
+them may be skipped."""
 
 import itertools
 import os
@@ -10,12 +11,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import docker
 import httpx2
 import pytest
+
+from tests.postgres import PostgresServer, find_binaries
 
 REQUIRED = os.environ.get("E80_REQUIRE_DOCKER") == "1"
 IMAGE = "e80/default:latest"
@@ -97,6 +101,28 @@ def engine() -> Iterator[docker.DockerClient]:
 
 
 @pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """The PostgreSQL server of this run. With E80_REQUIRE_DOCKER=1 its absence is a failure."""
+    with _postgres() as server:
+        yield server
+
+
+@pytest.fixture
+def own_postgres() -> Iterator[PostgresServer]:
+    """A server for one test, which may kill it."""
+    with _postgres() as server:
+        yield server
+
+
+@pytest.fixture
+def postgres_url(postgres: PostgresServer) -> Iterator[str]:
+    """A database of its own with all tables, on the server of this run."""
+    url = postgres.migrated_database()
+    yield url
+    postgres.drop(url)
+
+
+@pytest.fixture(scope="session")
 def daemon(engine: docker.DockerClient) -> Iterator[Daemon]:
     """A daemon for the whole run. At its end nothing of it may be left on the host."""
     with _daemon(engine) as running:
@@ -125,9 +151,23 @@ def sandbox_id(client: httpx2.Client) -> Iterator[str]:
     client.post(f"/v1/sandboxes/{answer.json()['id']}/stop")
 
 
+@contextmanager
+def _postgres() -> Iterator[PostgresServer]:
+    binaries = find_binaries()
+    if binaries is None:
+        (pytest.fail if REQUIRED else pytest.skip)("PostgreSQL is not installed: apt-get install postgresql")
+    server = PostgresServer(binaries)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.close()
+
+
 class _daemon:
-    def __init__(self, engine: docker.DockerClient) -> None:
+    def __init__(self, engine: docker.DockerClient, **settings: str) -> None:
         self.engine = engine
+        self.settings = settings
 
     def __enter__(self) -> Daemon:
         # Short: the path of a unix socket has room for 107 bytes.
@@ -144,6 +184,7 @@ class _daemon:
             SANDBOXD_FIRST_UID=str(1_000_000 + os.getpid() % 32768 * 10_000 + next(_daemons) % 10 * 1000),
             SANDBOXD_DOCKER_URL=os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock"),
         )
+        env.update(self.settings)
         key = _run(env, "create-key", "--name", "tests")
         self.daemon = Daemon(
             base_url=f"http://127.0.0.1:{env['SANDBOXD_PORT']}",

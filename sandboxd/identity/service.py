@@ -80,6 +80,7 @@ class IdentityService:
     async def ensure_project(self, organization: str, project: str) -> Project:
         """The project of that name; it and its organization are made when missing."""
         async with self._db.write() as session:
+            await self._db.serialize(session, "identity.projects")
             owner = await store.find_organization(session, organization)
             if owner is None:
                 owner = Organization(id=new_id("org"), slug=organization, created_at=self._clock.now())
@@ -99,6 +100,7 @@ class IdentityService:
         """Changes the named parts of a project's quota and leaves the others. Without changes it only tells
         the quota. Daemons that run follow within CACHE_TTL_S."""
         async with self._db.write() as session:
+            await self._db.serialize(session, "identity.projects")
             owner = await store.find_organization(session, organization)
             found = owner and await store.find_project(session, owner.id, project)
             if not found:

@@ -143,7 +143,7 @@ def _engine(
         # libpq's name for it.
         arguments["ssl"] = url.query["sslmode"]
         url = url.difference_update_query(["sslmode"])
-    engine = create_async_engine(url, connect_args=arguments, **options)
+    engine = create_async_engine(url, connect_args=arguments, hide_parameters=True, **options)
 
     @event.listens_for(engine.sync_engine, "do_connect")
     def on_connect(dialect: Any, _record: object, positional: Any, named: Any) -> Any:

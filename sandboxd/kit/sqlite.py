@@ -77,7 +77,7 @@ class Sqlite:
 
 
 def _engine(url: URL, *, begin: str, foreign_keys: bool = True, **options: Any) -> AsyncEngine:
-    engine = create_async_engine(url, **options)
+    engine = create_async_engine(url, hide_parameters=True, **options)
 
     # The driver would start transactions by itself, and only before DML: take that over, so that a read is
     # one snapshot and a write holds the lock from its first statement (no upgrade, hence no SQLITE_BUSY).

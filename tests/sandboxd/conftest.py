@@ -37,9 +37,19 @@ def settings(tmp_path: Path) -> Settings:
     return Settings(state_dir=tmp_path / "state", run_dir=tmp_path / "run", port=0, docker_url=NO_ENGINE)
 
 
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A test that uses it, or `db`, runs on both kinds of store; on one of them with
+    `@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)`."""
+    if request.param == "sqlite":
+        return f"sqlite+aiosqlite:///{tmp_path}/test.db"
+    return str(request.getfixturevalue("postgres_url"))
+
+
 @pytest.fixture
-async def db(tmp_path: Path) -> AsyncIterator[Database]:
-    database = Database(f"sqlite+aiosqlite:///{tmp_path}/test.db")
-    await database.migrate()
+async def db(database_url: str) -> AsyncIterator[Database]:
+    database = Database(database_url)
+    if database.dialect == "sqlite":  # the other is a copy that has been migrated
+        await database.migrate()
     yield database
     await database.close()

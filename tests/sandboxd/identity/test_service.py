@@ -55,6 +55,7 @@ async def test_a_key_gives_its_principal(identity, project):
     assert principal == Principal(created.row.id, project.id, "web", project.organization_id)
 
 
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 async def test_the_secret_is_not_stored(identity, project, db, tmp_path):
     created = await identity.create_key(project.id, "ci", actor="tests")
     await db.close()
@@ -91,7 +92,8 @@ async def test_an_unknown_key_is_asked_for_each_time(identity, db):
     for round_ in (1, 2):
         with pytest.raises(UnauthorizedError, match="unknown or revoked"):
             await identity.authenticate(key)
-        assert queries.count == round_ * 2  # BEGIN and SELECT
+        # BEGIN and SELECT; asyncpg begins by itself.
+        assert queries.count == round_ * (2 if db.dialect == "sqlite" else 1)
 
 
 async def test_a_revoked_key_is_useless_at_once(identity, project):

@@ -6,6 +6,9 @@ from sqlmodel import select, text
 
 from sandboxd.identity.models import ApiKey, Organization
 from sandboxd.kit.db import Database, StoreUnavailableError
+from sandboxd.sandboxes.models import UsageHour
+
+ON_SQLITE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
 
 def organization(number: int) -> Organization:
@@ -22,6 +25,7 @@ async def pragma(db: Database, name: str) -> object:
         return (await session.exec(text(f"PRAGMA {name}"))).scalar()
 
 
+@ON_SQLITE
 async def test_the_pragmas_hold_on_every_connection(db):
     assert await pragma(db, "journal_mode") == "wal"
     assert await pragma(db, "synchronous") == 1
@@ -35,6 +39,7 @@ async def test_a_write_is_committed_on_exit(db):
     assert await slugs(db) == ["slug-1"]
 
 
+@ON_SQLITE
 async def test_a_full_disk_is_said_and_reading_goes_on(db):
     async with db.write() as session:
         session.add(organization(1))
@@ -115,7 +120,7 @@ async def test_two_processes_may_write_what_they_read(db):
     async def count_up(database: Database) -> None:
         for _ in range(20):
             async with database.write() as session:
-                row = await session.get_one(Organization, "org_1")
+                row = await session.get_one(Organization, "org_1", with_for_update=True)
                 await asyncio.sleep(0)
                 row.created_at += 1
 
@@ -123,6 +128,66 @@ async def test_two_processes_may_write_what_they_read(db):
     await other.close()
     async with db.read() as session:
         assert (await session.get_one(Organization, "org_1")).created_at == 41
+
+
+async def test_what_serialize_names_is_done_one_after_the_other(db):
+    """Without it both would read the same number, on PostgreSQL."""
+    other = Database(db.url)
+
+    async def add(database: Database) -> None:
+        for _ in range(20):
+            async with database.write() as session:
+                await database.serialize(session, "count")
+                number = len((await session.exec(select(Organization.id))).all())
+                await asyncio.sleep(0)
+                session.add(organization(number))
+
+    await asyncio.gather(add(db), add(other))
+    await other.close()
+    assert len(await slugs(db)) == 40
+
+
+async def test_a_serialized_name_holds_up_no_other(db):
+    async with db.write() as session:
+        await db.serialize(session, "one")
+        if db.dialect == "postgresql":  # SQLite has one writer anyway
+            async with asyncio.timeout(1), db.write() as beside:
+                await db.serialize(beside, "other")
+
+
+async def test_a_singleton_is_one_among_all_and_free_again(db):
+    other = Database(db.url)
+    async with db.singleton("job") as first, other.singleton("job") as second, db.singleton("job") as third:
+        assert (first, second, third) == (True, False, False)
+        async with other.singleton("other-job") as beside:
+            assert beside is True
+    async with other.singleton("job") as again:
+        assert again is True
+    with pytest.raises(RuntimeError, match="fell"):
+        async with other.singleton("job"):
+            raise RuntimeError("fell")
+    async with db.singleton("job") as after:
+        assert after is True
+    await other.close()
+
+
+async def test_a_lock_has_a_plain_name(db):
+    for name in ("", "a/b", "x" * 65, "A"):
+        with pytest.raises(ValueError, match="no name"):
+            db.singleton(name)
+
+
+async def test_times_and_large_numbers_come_back_whole(db):
+    at = 1_763_696_297.123456
+    async with db.write() as session:
+        session.add(Organization(id="org_1", slug="s", created_at=at))
+        session.add(
+            UsageHour(project_id="p", hour=489_915, bytes_in=2**53, bytes_out=2**40, cpu_s=0.1, sandbox_s=at)
+        )
+    async with db.read() as session:
+        assert (await session.get_one(Organization, "org_1")).created_at == at
+        hour = await session.get_one(UsageHour, ("p", 489_915))
+        assert (hour.bytes_in, hour.cpu_s, hour.sandbox_s) == (2**53, 0.1, at)
 
 
 async def test_rows_stay_readable_after_the_session(db):
@@ -145,8 +210,13 @@ async def test_constraints_are_enforced(db):
             )
 
 
-async def test_migrations_may_run_again_and_at_once(tmp_path):
-    databases = [Database(f"sqlite+aiosqlite:///{tmp_path}/new.db") for _ in range(4)]
+@pytest.mark.parametrize("dialect", ["sqlite", "postgresql"])
+async def test_migrations_may_run_again_and_at_once(tmp_path, request, dialect):
+    if dialect == "sqlite":
+        url = f"sqlite+aiosqlite:///{tmp_path}/new.db"
+    else:
+        url = request.getfixturevalue("postgres").new_database()
+    databases = [Database(url) for _ in range(4)]
     await asyncio.gather(*(database.migrate() for database in databases))
     for database in databases:
         await database.migrate()
