@@ -175,7 +175,9 @@ async def test_the_audit_trail_tells_who_from_where(client, make_client):
     await client.delete(f"/v1/apikeys/{made}")
     page = (await client.get("/v1/audit?limit=2")).json()
     assert page["has_more"] is True
-    revoked, created = page["data"]
+    assert len(page["data"]) == 2
+    (revoked,) = (await client.get("/v1/audit?action=apikey.revoke")).json()["data"]
+    (created,) = (await client.get(f"/v1/audit?action=apikey.create&resource_id={made}")).json()["data"]
     assert (revoked["action"], revoked["resource_id"], revoked["actor"]) == ("apikey.revoke", made, own)
     assert created == {
         "id": created["id"],
@@ -188,8 +190,6 @@ async def test_the_audit_trail_tells_who_from_where(client, make_client):
         "client": "127.0.0.1",
         "details": {"name": "ci"},
     }
-    only = (await client.get(f"/v1/audit?action=apikey.create&resource_id={made}")).json()
-    assert [entry["id"] for entry in only["data"]] == [created["id"]]
     elsewhere = (await (await make_client("other")).get(f"/v1/audit?resource_id={made}")).json()
     assert elsewhere["data"] == []
 
