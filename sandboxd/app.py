@@ -22,23 +22,33 @@ from sandboxd.kit.clock import Clock, SystemClock
 from sandboxd.kit.db import Database
 from sandboxd.kit.errors import ForbiddenError, SandboxdError
 from sandboxd.kit.http import ERROR_RESPONSES, Drain, install
+from sandboxd.kit.installation import installation_id
 from sandboxd.kit.metrics import CONTENT_TYPE, Metrics
 from sandboxd.kit.settings import Settings
 from sandboxd.kit.tasks import TaskOwner
 from sandboxd.runtimes.base import Capabilities, Runtime
 from sandboxd.runtimes.registry import create_runtime
+from sandboxd.sandboxes import admission, events, usage
+from sandboxd.sandboxes.activity_routes import make_router as make_activity_router
+from sandboxd.sandboxes.admission import Admission
+from sandboxd.sandboxes.events import Events
 from sandboxd.sandboxes.exec import ExecService
 from sandboxd.sandboxes.jobs import (
     FLUSH_INTERVAL_S,
     GAUGE_INTERVAL_S,
     REAP_INTERVAL_S,
+    RETENTION_INTERVAL_S,
     SWEEP_INTERVAL_S,
     ExitWatcher,
     Gauges,
     Reaper,
+    Retention,
     Sweep,
     Warmer,
 )
+from sandboxd.sandboxes.lifecycle import Lifecycle
+from sandboxd.sandboxes.limits import Limits
+from sandboxd.sandboxes.pool import Pool
 from sandboxd.sandboxes.routes import make_router as make_sandboxes_router
 from sandboxd.sandboxes.service import SandboxService
 
@@ -97,6 +107,10 @@ class Services:
     db: Database
     identity: IdentityService
     runtime: Runtime
+    lifecycle: Lifecycle
+    admission: Admission
+    pool: Pool
+    events: Events
     sandboxes: SandboxService
     execs: ExecService
     # Name -> check that raises when the part cannot serve; /readyz runs them all.
@@ -132,6 +146,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(_make_operations_router(services))
     app.include_router(make_identity_router(services.identity))
     app.include_router(make_sandboxes_router(services.sandboxes, services.execs))
+    app.include_router(make_activity_router(services.sandboxes, services.events, services.lifecycle.meter))
     return app
 
 
@@ -140,19 +155,54 @@ def _make_services(settings: Settings) -> Services:
     db = Database(settings.database_url)
     metrics = Metrics()
     tasks = TaskOwner()
+    drain = Drain()
     runtime = create_runtime(settings)
+    sandbox_events = Events(db, clock, closing=lambda: drain.active)
+    lifecycle = Lifecycle(
+        settings=settings,
+        clock=clock,
+        db=db,
+        metrics=metrics,
+        tasks=tasks,
+        runtime=runtime,
+        events=sandbox_events,
+        node_id=installation_id(settings.state_dir),
+    )
+    limits = Limits(settings)
+    room = Admission(settings, metrics, starting=lambda: lifecycle.creating)
+    pool = Pool(
+        settings=settings,
+        clock=clock,
+        metrics=metrics,
+        lifecycle=lifecycle,
+        limits=limits,
+        images=runtime,
+        admission=room,
+    )
     sandboxes = SandboxService(
-        settings=settings, clock=clock, db=db, metrics=metrics, tasks=tasks, runtime=runtime, images=runtime
+        clock=clock,
+        db=db,
+        runtime=runtime,
+        images=runtime,
+        lifecycle=lifecycle,
+        limits=limits,
+        pool=pool,
+        admission=room,
+        events=sandbox_events,
     )
     services = Services(
         settings=settings,
         clock=clock,
         metrics=metrics,
-        drain=Drain(),
+        drain=drain,
         tasks=tasks,
         db=db,
         identity=IdentityService(db, clock),
         runtime=runtime,
+        lifecycle=lifecycle,
+        admission=room,
+        pool=pool,
+        events=sandbox_events,
         sandboxes=sandboxes,
         execs=ExecService(
             settings=settings, clock=clock, metrics=metrics, tasks=tasks, live=sandboxes.live, runtime=runtime
@@ -167,45 +217,58 @@ def _make_services(settings: Settings) -> Services:
 async def _running(services: Services) -> AsyncIterator[None]:
     try:
         await services.db.migrate()
-        services.tasks.every(LAST_USED_INTERVAL_S, "identity.last_used", services.identity.flush_last_used)
-        services.tasks.every(
-            FORGET_INTERVAL_S, "identity.idempotency", services.identity.forget_idempotency_keys
-        )
+        await services.lifecycle.take_over()
+        _start_jobs(services)
         if not await _start_sandboxes(services):
             services.tasks.start("sandboxes.start", _keep_starting(services))
         yield
     finally:
-        await services.sandboxes.settle(SETTLE_TIMEOUT_S)
+        await services.lifecycle.settle(SETTLE_TIMEOUT_S)
         await services.tasks.close()
         await services.identity.flush_last_used()
-        await services.sandboxes.flush_activity()
+        await services.lifecycle.flush_activity()
+        await services.lifecycle.meter.tick()
         await services.runtime.close()
         await services.db.close()
+
+
+def _start_jobs(services: Services) -> None:
+    """What needs the store only."""
+    tasks, lifecycle = services.tasks, services.lifecycle
+    tasks.every(LAST_USED_INTERVAL_S, "identity.last_used", services.identity.flush_last_used)
+    tasks.every(FLUSH_INTERVAL_S, "sandboxes.activity", lifecycle.flush_activity)
+    tasks.every(events.POLL_INTERVAL_S, "sandboxes.events", services.events.poll)
+    tasks.every(usage.METER_INTERVAL_S, "sandboxes.usage", lifecycle.meter.tick)
+    tasks.every(
+        GAUGE_INTERVAL_S, "sandboxes.gauges", Gauges(services.db, services.metrics, lifecycle.node_id).tick
+    )
+    retention = Retention(services.db, services.clock, services.settings.history_days)
+    tasks.every(RETENTION_INTERVAL_S, "sandboxes.retention", retention.tick)
+    tasks.every(admission.INOTIFY_INTERVAL_S, "sandboxes.inotify", services.admission.count_inotify)
 
 
 async def _start_sandboxes(services: Services) -> bool:
     """Opens the runtime, takes up what an earlier process left, starts the jobs. False without an engine:
     the daemon serves what it can, and /readyz says what is missing."""
-    sweep = Sweep(services.sandboxes, services.db, services.runtime, services.metrics)
+    tasks, lifecycle, metrics = services.tasks, services.lifecycle, services.metrics
+    sweep = Sweep(lifecycle, services.db, services.runtime, metrics, services.pool)
     try:
         await services.runtime.start()
-        capabilities = await services.runtime.capabilities()
-        services.sandboxes.isolation = capabilities.isolation_level
-        _log_checks(capabilities)
+        lifecycle.capabilities = await services.runtime.capabilities()
+        _log_checks(lifecycle.capabilities)
         await sweep.run()
     except SandboxdError as error:
         log.warning("sandboxes cannot be served yet", reason=error.message)
         return False
-    tasks, sandboxes, metrics = services.tasks, services.sandboxes, services.metrics
-    tasks.every(REAP_INTERVAL_S, "sandboxes.reap", Reaper(sandboxes, services.clock, metrics).tick)
+    tasks.every(REAP_INTERVAL_S, "sandboxes.reap", Reaper(lifecycle, services.clock, metrics).tick)
     tasks.every(SWEEP_INTERVAL_S, "sandboxes.sweep", sweep.run)
-    tasks.every(FLUSH_INTERVAL_S, "sandboxes.activity", sandboxes.flush_activity)
-    tasks.every(GAUGE_INTERVAL_S, "sandboxes.gauges", Gauges(services.db, metrics).tick)
-    tasks.start("sandboxes.watch", ExitWatcher(sandboxes, services.runtime, sweep).run())
+    tasks.start("sandboxes.watch", ExitWatcher(lifecycle, services.runtime, sweep, tasks).run())
     if services.settings.warm_libraries:
-        warmer = Warmer(sandboxes)
-        sandboxes.on_running = warmer.add
+        warmer = Warmer(lifecycle)
+        lifecycle.on_live.append(warmer.add)
         tasks.start("sandboxes.warm", warmer.run())
+    if services.pool.enabled:
+        tasks.start("sandboxes.pool", services.pool.run())
     return True
 
 

@@ -36,6 +36,8 @@ FIELD_NAME = re.compile(r"\w{1,100}")
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 QUIET_PATHS = frozenset({"/healthz", "/readyz", "/metrics"})
+# The type of an event that is none: a comment, so that neither side takes the silence for an end.
+KEEP_ALIVE = ""
 SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 STATUS_CODES = {
     400: "invalid_request",
@@ -203,6 +205,9 @@ async def _sse(events: AsyncGenerator[tuple[str, Mapping[str, Any]]]) -> AsyncIt
     number = 0
     try:
         async for type_, data in events:
+            if type_ == KEEP_ALIVE:
+                yield b": keep-alive\n\n"
+                continue
             yield sse_event(type_, number, **data)
             number += 1
     except SandboxdError as error:

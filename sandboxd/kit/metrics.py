@@ -6,6 +6,7 @@ from prometheus_client.process_collector import ProcessCollector
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 FAST_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+AGE_BUCKETS = (0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600, 14400, 86400)
 EXEC_BUCKETS = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 3600)
 
 
@@ -52,10 +53,58 @@ class Metrics:
             buckets=EXEC_BUCKETS,
             registry=self.registry,
         )
+        self.exec_rows_dropped = Counter(
+            "sandboxd_exec_rows_dropped",
+            "Executions that are missing in the history, because the store could not be written for too long.",
+            registry=self.registry,
+        )
         self.reaper_actions = Counter(
             "sandboxd_reaper_actions",
             "What the reaper and the reconciler did, by action.",
             ["action"],
+            registry=self.registry,
+        )
+
+        self.pool_claims = Counter(
+            "sandboxd_pool_claims",
+            "Creates, by whether the pool had a sandbox ready: hit or miss.",
+            ["result"],
+            registry=self.registry,
+        )
+        self.pool_ready = Gauge(
+            "sandboxd_pool_ready", "Sandboxes that wait in the pool.", registry=self.registry
+        )
+        self.pool_target = Gauge(
+            "sandboxd_pool_target", "Sandboxes that the pool would like to hold.", registry=self.registry
+        )
+        self.pool_refill_duration = Histogram(
+            "sandboxd_pool_refill_duration_seconds",
+            "Time to start a sandbox for the pool.",
+            buckets=FAST_BUCKETS,
+            registry=self.registry,
+        )
+        self.pool_age = Histogram(
+            "sandboxd_pool_age_seconds",
+            "How long a sandbox had waited in the pool when it was claimed.",
+            buckets=AGE_BUCKETS,
+            registry=self.registry,
+        )
+        self.pool_removals = Counter(
+            "sandboxd_pool_removals",
+            "Sandboxes taken out of the pool unclaimed, by reason.",
+            ["reason"],
+            registry=self.registry,
+        )
+        self.admission_waits = Counter(
+            "sandboxd_admission_waits",
+            "Starts that had to wait for room on the host, by what was short.",
+            ["resource"],
+            registry=self.registry,
+        )
+        self.admission_refusals = Counter(
+            "sandboxd_admission_refusals",
+            "Starts refused because the host had no room, by what was short.",
+            ["resource"],
             registry=self.registry,
         )
 

@@ -1,6 +1,13 @@
 """What a caller can act on when work with a sandbox is refused."""
 
-from sandboxd.kit.errors import BadRequestError, ConflictError, ForbiddenError, NotFoundError, SandboxdError
+from sandboxd.kit.errors import (
+    BadRequestError,
+    ConflictError,
+    ForbiddenError,
+    NotFoundError,
+    SandboxdError,
+    UnavailableError,
+)
 
 
 class SandboxNotFoundError(NotFoundError):
@@ -21,6 +28,36 @@ class SandboxNotRunningError(ConflictError):
         )
 
 
+class SandboxPausedError(ConflictError):
+    code = "sandbox_paused"
+
+    def __init__(self, sandbox_id: str) -> None:
+        super().__init__(
+            f"Sandbox {sandbox_id} was paused while this ran; it goes on when the sandbox is resumed.", param="id"
+        )
+
+
+class ExecNotFoundError(NotFoundError):
+    code = "exec_not_found"
+
+    def __init__(self, exec_id: str) -> None:
+        super().__init__(f"There is no exec {exec_id[:64]!r} in this sandbox.", param="exec_id")
+
+
+class ExecResultGoneError(ConflictError):
+    """A repeated request whose first result is no longer kept."""
+
+    code = "exec_result_gone"
+
+    def __init__(self, exec_id: str, status: str | None) -> None:
+        ended = f" and ended as {status}" if status else ""
+        super().__init__(
+            f"This Idempotency-Key has run exec {exec_id}{ended}. Its output is no longer kept, and it was not "
+            "run again; send a new key to run it again.",
+            param="Idempotency-Key",
+        )
+
+
 class LimitError(BadRequestError):
     """A size or time outside of what this server allows; the message names value and range."""
 
@@ -37,6 +74,33 @@ class NoFreeSlotError(SandboxdError):
             f"All {limit} places for sandboxes on this server are taken; stop some and try again.",
             headers={"Retry-After": "5"},
         )
+
+
+class QuotaError(SandboxdError):
+    """The project has as much as it may have at once."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "quota_exceeded"
+
+    def __init__(self, name: str, *, limit: int, held: int, wanted: int) -> None:
+        header = name.replace("_", "-")
+        super().__init__(
+            f"The project's quota of {name} is {limit}; it has {held} and this asks for {wanted} more. "
+            "Stop some sandboxes and try again.",
+            param=None if name == "sandboxes" else name,
+            headers={
+                "Retry-After": "5",
+                f"x-ratelimit-limit-{header}": str(limit),
+                f"x-ratelimit-remaining-{header}": str(max(0, limit - held)),
+            },
+        )
+
+
+class HostFullError(UnavailableError):
+    """The host has too little of something to start another sandbox."""
+
+    code = "host_full"
 
 
 class BusyError(SandboxdError):

@@ -1,4 +1,4 @@
-"""Loops beside the requests: deadlines, the sweep that mends what a crash left, exits, warm-up."""
+"""Loops beside the requests: deadlines, the sweep that mends what a crash left, exits, warm-up, retention."""
 
 import asyncio
 from collections import deque
@@ -6,15 +6,18 @@ from collections.abc import Awaitable
 
 import structlog
 
+from sandboxd.identity import idempotency
 from sandboxd.kit.clock import Clock
 from sandboxd.kit.db import Database
 from sandboxd.kit.errors import SandboxdError
 from sandboxd.kit.metrics import Metrics
-from sandboxd.runtimes.base import Handle, Phase, Runtime
-from sandboxd.sandboxes import store
+from sandboxd.kit.tasks import TaskOwner
+from sandboxd.runtimes.base import Exited, Phase, Runtime
+from sandboxd.sandboxes import events, store
+from sandboxd.sandboxes.lifecycle import Lifecycle
 from sandboxd.sandboxes.live import LiveSandbox
 from sandboxd.sandboxes.models import Sandbox
-from sandboxd.sandboxes.service import SandboxService
+from sandboxd.sandboxes.pool import Pool
 from sandboxd.sandboxes.states import ALIVE, Reason, Status
 
 log = structlog.get_logger(__name__)
@@ -24,6 +27,11 @@ SWEEP_INTERVAL_S = 60.0
 FLUSH_INTERVAL_S = 5.0
 GAUGE_INTERVAL_S = 2.0
 WATCH_RETRY_S = 1.0
+RETENTION_INTERVAL_S = 600.0
+RETENTION_BATCH = 500
+DAY_S = 86_400.0
+# How long an engine that is going down may still answer after the first of its containers has ended.
+ENGINE_GRACE_S = 1.0
 _QUIET_POLL_S = 0.2
 _WARM_DELAY_S = 0.3
 _WARM_TIMEOUT_S = 10.0
@@ -31,52 +39,61 @@ _MAX_WAITING = 1000
 
 
 class Reaper:
-    """Ends sandboxes whose time is over."""
+    """Ends sandboxes whose time is over, and those that nobody has used for too long."""
 
-    def __init__(self, service: SandboxService, clock: Clock, metrics: Metrics) -> None:
-        self._service = service
+    def __init__(self, lifecycle: Lifecycle, clock: Clock, metrics: Metrics) -> None:
+        self._lifecycle = lifecycle
         self._clock = clock
         self._metrics = metrics
 
     async def tick(self) -> None:
         now = self._clock.monotonic()
-        due = [
-            live.id
-            for live in self._service.live
-            if live.deadline is not None and live.deadline <= now and not self._service.is_busy(live.id)
-        ]
+        due: dict[str, Reason] = {}
+        for live in self._lifecycle.live:
+            idle_s = live.idle.seconds(live, now)
+            if live.project_id is None or live.paused or self._lifecycle.is_busy(live.id):
+                continue
+            if live.deadline is not None and live.deadline <= now:
+                due[live.id] = Reason.TIMEOUT
+            elif live.idle_timeout_s is not None and idle_s >= live.idle_timeout_s:
+                due[live.id] = Reason.IDLE_TIMEOUT
         results = await asyncio.gather(
-            *(self._service.end(sandbox_id, Reason.TIMEOUT) for sandbox_id in due), return_exceptions=True
+            *(self._lifecycle.end(sandbox_id, reason) for sandbox_id, reason in due.items()),
+            return_exceptions=True,
         )
-        for sandbox_id, result in zip(due, results, strict=True):
+        for (sandbox_id, reason), result in zip(due.items(), results, strict=True):
             if isinstance(result, BaseException):
                 log.warning("reaper.failed", sandbox_id=sandbox_id, reason=str(result))
             else:
-                self._metrics.reaper_actions.labels("timeout").inc()
+                self._metrics.reaper_actions.labels(reason).inc()
 
 
 class Sweep:
     """Makes rows and engine agree again. It knows only what carries this installation's mark."""
 
-    def __init__(self, service: SandboxService, db: Database, runtime: Runtime, metrics: Metrics) -> None:
-        self._service = service
+    def __init__(
+        self, lifecycle: Lifecycle, db: Database, runtime: Runtime, metrics: Metrics, pool: Pool
+    ) -> None:
+        self._lifecycle = lifecycle
         self._db = db
         self._runtime = runtime
         self._metrics = metrics
+        self._pool = pool
 
     async def run(self) -> None:
         """One pass; at start it also takes up every sandbox that an earlier process left running."""
+        self._lifecycle.engine_instance = await self._runtime.instance()
         # Rows first: each of them that runs has its container by the time the engine is asked.
         async with self._db.read() as session:
-            alive = {row.id: row for row in await store.list_alive(session)}
+            alive = {row.id: row for row in await store.list_alive(session, self._lifecycle.node_id)}
         owned = {item.sandbox_id: item for item in await self._runtime.list()}
         for row in alive.values():
-            if self._service.is_busy(row.id):
+            if self._lifecycle.is_busy(row.id):
                 continue
             found = owned.get(row.id)
             await self._guarded(row.id, self._mend(row, None if found is None else found.phase))
         for sandbox_id in (set(owned) | self._runtime.leftovers()) - set(alive):
-            if not self._service.is_busy(sandbox_id):
+            if not self._lifecycle.is_busy(sandbox_id):
                 await self._guarded(sandbox_id, self._remove(sandbox_id))
 
     async def _guarded(self, sandbox_id: str, work: Awaitable[None]) -> None:
@@ -89,32 +106,44 @@ class Sweep:
             log.exception("sweep failed", sandbox_id=sandbox_id)
 
     async def _mend(self, row: Sandbox, phase: Phase | None) -> None:
-        if self._service.live.get(row.id) is not None:
+        here = phase in (Phase.RUNNING, Phase.PAUSED)
+        if self._lifecycle.live.get(row.id) is not None:
             # It came to life here, maybe after our look at the rows: only its end would be news.
-            if phase is not Phase.RUNNING and row.status == Status.RUNNING:
-                await self._end(row, Reason.LOST if phase is None else Reason.RUNTIME_ERROR, "drop_dead")
+            if not here and row.status not in (Status.CREATING, Status.STOPPING):
+                await self._drop_dead(row, phase)
+            elif here and row.engine_instance != self._lifecycle.engine_instance:
+                await self._lifecycle.note_instance(row.id)
         elif row.status == Status.STOPPING:
             await self._end(row, Reason.USER, "finish_stop")
         elif row.status == Status.CREATING:
             await self._end(row, Reason.LOST, "drop_half_made")
-        elif phase is not Phase.RUNNING:
-            await self._end(row, Reason.LOST if phase is None else Reason.RUNTIME_ERROR, "drop_dead")
+        elif phase is None or not here:
+            await self._drop_dead(row, phase)
         else:
             try:
-                await self._service.adopt(row)
+                await self._lifecycle.adopt(row, phase)
             except SandboxdError as error:
                 log.warning("sweep.cannot_adopt", sandbox_id=row.id, reason=error.message)
                 await self._end(row, Reason.LOST, "drop_dead")
             else:
+                if row.status == Status.READY:
+                    self._pool.add(row)
                 self._count("adopt", row.id)
+
+    async def _drop_dead(self, row: Sandbox, phase: Phase | None) -> None:
+        if row.engine_instance != self._lifecycle.engine_instance:
+            reason = Reason.RUNTIME_RESTART
+        else:
+            reason = Reason.LOST if phase is None else Reason.RUNTIME_ERROR
+        await self._end(row, reason, "drop_dead")
 
     async def _end(self, row: Sandbox, reason: Reason, action: str) -> None:
         self._count(action, row.id)
-        await self._service.end(row.id, reason)
+        await self._lifecycle.end(row.id, reason)
 
     async def _remove(self, sandbox_id: str) -> None:
         async with self._db.read() as session:
-            still = {row.id for row in await store.list_alive(session)}
+            still = {row.id for row in await store.list_alive(session, self._lifecycle.node_id)}
         if sandbox_id in still:
             return  # it came to life after our first look
         self._count("remove_leftover", sandbox_id)
@@ -128,16 +157,18 @@ class Sweep:
 class ExitWatcher:
     """Follows the engine's events: a sandbox that ends by itself is ended here, with the reason."""
 
-    def __init__(self, service: SandboxService, runtime: Runtime, sweep: Sweep) -> None:
-        self._service = service
+    def __init__(self, lifecycle: Lifecycle, runtime: Runtime, sweep: Sweep, tasks: TaskOwner) -> None:
+        self._lifecycle = lifecycle
         self._runtime = runtime
         self._sweep = sweep
+        self._tasks = tasks
 
     async def run(self) -> None:
         while True:
             try:
                 async for exited in self._runtime.watch():
-                    await self._ended(exited.sandbox_id, exited.handle)
+                    if not self._lifecycle.is_busy(exited.sandbox_id):
+                        self._tasks.start(f"exit {exited.sandbox_id}", self._ended(exited))
                 log.info("watch.ended")
             except SandboxdError as error:
                 log.warning("watch.lost", reason=error.message)
@@ -152,21 +183,26 @@ class ExitWatcher:
             except Exception:  # border of a job
                 log.exception("sweep failed")
 
-    async def _ended(self, sandbox_id: str, handle: Handle) -> None:
-        if self._service.is_busy(sandbox_id) or self._service.live.get(sandbox_id) is None:
+    async def _ended(self, exited: Exited) -> None:
+        facts = await self._runtime.observe(exited.handle)
+        if facts.phase in (Phase.RUNNING, Phase.PAUSED):
             return
-        facts = await self._runtime.observe(handle)
-        if facts.phase is Phase.RUNNING:
-            return
-        await self._service.end(sandbox_id, Reason.OOM if facts.oom_killed else Reason.RUNTIME_ERROR)
+        reason = Reason.OOM if facts.oom_killed else Reason.RUNTIME_ERROR
+        if reason is Reason.RUNTIME_ERROR:
+            # An engine that is going down ends its containers first. Then it is the sweep that tells why.
+            await asyncio.sleep(ENGINE_GRACE_S)
+            if await self._runtime.instance() != self._lifecycle.engine_instance:
+                return
+        if self._lifecycle.live.get(exited.sandbox_id) is not None:
+            await self._lifecycle.end(exited.sandbox_id, reason)
 
 
 class Warmer:
     """Has sandboxes load the heavy libraries, one at a time and while nothing is being created: a load is
     most of a second of CPU, and priorities do not reach across the sandboxes' CPU groups."""
 
-    def __init__(self, service: SandboxService) -> None:
-        self._service = service
+    def __init__(self, lifecycle: Lifecycle) -> None:
+        self._lifecycle = lifecycle
         self._waiting: deque[str] = deque(maxlen=_MAX_WAITING)
         self._wake = asyncio.Event()
 
@@ -180,19 +216,19 @@ class Warmer:
             self._wake.clear()
             while self._waiting:
                 await asyncio.sleep(_WARM_DELAY_S)
-                while self._service.creating:  # noqa: ASYNC110 - an event would cost every create
+                while self._lifecycle.creating:  # noqa: ASYNC110 - an event would cost every create
                     await asyncio.sleep(_QUIET_POLL_S)
                 await self._warm(self._waiting.popleft())
 
     async def _warm(self, sandbox_id: str) -> None:
-        live = self._service.live.get(sandbox_id)
+        live = self._lifecycle.live.get(sandbox_id)
         if live is None:
             return
         try:
             if await live.agent.warm():
                 return
             async with asyncio.timeout(_WARM_TIMEOUT_S):
-                while self._service.live.get(sandbox_id) is not None:
+                while self._lifecycle.live.get(sandbox_id) is not None:
                     if (await live.agent.hello()).warm:
                         return
                     await asyncio.sleep(_QUIET_POLL_S)
@@ -204,12 +240,36 @@ class Warmer:
 class Gauges:
     """Counts for the metrics, asked from the store."""
 
-    def __init__(self, db: Database, metrics: Metrics) -> None:
+    def __init__(self, db: Database, metrics: Metrics, node_id: str) -> None:
         self._db = db
         self._metrics = metrics
+        self._node_id = node_id
 
     async def tick(self) -> None:
         async with self._db.read() as session:
-            counts = await store.count_alive(session)
+            counts = await store.count_alive(session, self._node_id)
         for status in ALIVE:
             self._metrics.sandboxes.labels(status).set(counts.get(status, 0))
+
+
+class Retention:
+    """Forgets what is over and old. Of the daemons on one store only one does it at a time."""
+
+    def __init__(self, db: Database, clock: Clock, days: float) -> None:
+        self._db = db
+        self._clock = clock
+        self._days = days
+
+    async def tick(self) -> None:
+        async with self._db.singleton("retention") as mine:
+            if not mine:
+                return
+            before = self._clock.now() - self._days * DAY_S
+            for prune in (store.prune, events.prune):
+                # In pieces: no other write waits long for one of them.
+                pruned = 1
+                while pruned:
+                    async with self._db.write() as session:
+                        pruned = await prune(session, before, RETENTION_BATCH)
+            async with self._db.write() as session:
+                await idempotency.forget(session, self._clock.now() - idempotency.KEPT_S)

@@ -1,5 +1,6 @@
-"""The running sandboxes in memory: what an exec needs to know without asking the store."""
+"""The sandboxes in memory: what an exec needs to know without asking the store."""
 
+import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -16,25 +17,57 @@ class LiveSandbox:
     cpus: float
     disk_size_mb: int
     last_active_at: float
-    # On the host's monotonic clock; None for a sandbox without an absolute timeout.
+    # On the host's monotonic clock; None for a sandbox without an absolute timeout, and for a paused one.
     deadline: float | None
+    idle: "Idleness"
+    metered: "Metered"
     idle_timeout_s: float | None = None
     paused: bool = False
-    # Bytes that came in for it and went out from it, and execs that ended, since they were last metered.
+    # Execs that run; a sandbox at work is not idle.
+    execs: int = 0
+    touched: bool = False
+    # Bytes that came in for it and went out from it, and execs that ended: counted up by who serves them.
     bytes_in: int = 0
     bytes_out: int = 0
     execs_ended: int = 0
-    # Running execs and open transfers: a sandbox at work is not idle.
-    execs: int = field(default=0)
-    touched: bool = field(default=False)
+    # Held by what changes the sandbox in several steps: limits, pause, resume.
+    changing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def touch(self, now: float) -> None:
         self.last_active_at = now
         self.touched = True
 
 
+@dataclass(slots=True)
+class Idleness:
+    """Since when, on the host's monotonic clock, a sandbox has not been used. The time of last use is on the
+    wall's clock, which may jump; so only that it has changed counts."""
+
+    since_s: float
+    _seen: tuple[float, int, int] | None = None
+
+    def seconds(self, live: LiveSandbox, monotonic: float) -> float:
+        """For how long it has been idle; call this often. The first call only takes note."""
+        seen = (live.last_active_at, live.bytes_in, live.bytes_out)
+        if live.execs or live.paused or self._seen not in (None, seen):
+            self.since_s = monotonic
+        self._seen = seen
+        return monotonic - self.since_s
+
+
+@dataclass(slots=True)
+class Metered:
+    """What of a sandbox's use has been accounted for. `at_s` is on the monotonic clock."""
+
+    at_s: float
+    cpu_s: float = 0.0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    execs: int = 0
+
+
 class LiveSandboxes:
-    """All of this daemon's. Kept in step with the rows by the service, which alone adds and removes."""
+    """All of this daemon's. Kept in step with the rows by the life cycle, which alone adds and removes."""
 
     def __init__(self) -> None:
         self._by_id: dict[str, LiveSandbox] = {}

@@ -1,19 +1,19 @@
 """Bodies of the sandbox routes."""
 
 import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from sandboxd.kit.http import Body
 from sandboxd.kit.paging import Resource
 from sandboxd.sandboxes.exec import HOME, NewExec
+from sandboxd.sandboxes.limits import NewSandbox
 from sandboxd.sandboxes.models import Sandbox
-from sandboxd.sandboxes.service import NewSandbox
 
 MAX_ENV_BYTES = 64 * 1024
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
+LABEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 
 
 def _text(value: str) -> str:
@@ -43,7 +43,7 @@ def _env(value: dict[str, str]) -> dict[str, str]:
 
 def _labels(value: dict[str, str]) -> dict[str, str]:
     for name, item in value.items():
-        if not _LABEL.fullmatch(name):
+        if not LABEL_NAME.fullmatch(name):
             raise ValueError(
                 f"{name[:60]!r} is not a label name (1 to 128 of letters, digits, '.', '_', '/', '-')"
             )
@@ -81,6 +81,9 @@ class CreateSandboxBody(Body):
         gt=0,
         description="Seconds until the sandbox is stopped; null for none where the server allows it.",
     )
+    idle_timeout_s: float | None = Field(
+        None, gt=0, description="Seconds without any use until the sandbox is stopped; null for never."
+    )
     labels: Labels = Field(default_factory=dict)
     env: Env = Field(default_factory=dict, description="Variables of everything that runs in the sandbox.")
     network: Network = Field(default_factory=Network)
@@ -94,10 +97,34 @@ class CreateSandboxBody(Body):
             disk_size_mb=self.disk_size_mb,
             gpu_count=self.gpu_count,
             timeout_s=self.timeout_s,
+            idle_timeout_s=self.idle_timeout_s,
             labels=self.labels,
             env=self.env,
             wait=self.wait,
         )
+
+
+class PatchSandboxBody(Body):
+    """What is not named stays as it is."""
+
+    timeout_s: float | None = Field(
+        None, gt=0, description="Seconds from now until it is stopped; null for none where that is allowed."
+    )
+    idle_timeout_s: float | None = Field(None, gt=0, description="Null switches it off.")
+    labels: Labels = Field(default_factory=dict, description="Replaces all of them.")
+    cpu_mhz: int = Field(0, description="Share of CPU.")
+    memory_size_mb: int = Field(0, description="Memory limit; not below what is in use.")
+    network: Network = Field(default_factory=Network)
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if not self.model_fields_set - {"project", "log"}:
+            raise ValueError("names nothing to change")
+        return self
+
+    def changes(self) -> dict[str, Any]:
+        """What was named, and only that."""
+        return self.model_dump(include=self.model_fields_set - {"project", "log", "network"})
 
 
 class SandboxOut(Resource):
@@ -113,6 +140,7 @@ class SandboxOut(Resource):
     labels: dict[str, str]
     env: list[str] = Field(description="Names only.")
     timeout_s: float | None
+    idle_timeout_s: float | None
     created_at: int
     started_at: int | None
     last_active_at: int
@@ -135,6 +163,7 @@ class SandboxOut(Resource):
             labels=row.labels,
             env=sorted(row.env),
             timeout_s=row.timeout_s,
+            idle_timeout_s=row.idle_timeout_s,
             created_at=int(row.created_at),
             started_at=_seconds(row.started_at),
             last_active_at=int(last_active_at or row.last_active_at),
@@ -145,8 +174,8 @@ class SandboxOut(Resource):
         )
 
 
-class StopBody(Body):
-    """Stop takes no options."""
+class EmptyBody(Body):
+    """For what takes no options: stop, pause, resume."""
 
 
 class ExecBody(Body):

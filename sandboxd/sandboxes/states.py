@@ -32,6 +32,10 @@ class Reason(StrEnum):
     LOST = "lost"
 
 
+# Ends that nobody asked for.
+FAILURES = (Reason.OOM, Reason.RUNTIME_ERROR, Reason.RUNTIME_RESTART, Reason.LOST)
+
+
 class ExecStatus(StrEnum):
     COMPLETED = "completed"
     FAILED = "failed"
