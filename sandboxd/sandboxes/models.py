@@ -3,7 +3,7 @@ them: execs, events, usage. And the nodes: the daemons that share one store."""
 
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, Column, Index, text
+from sqlalchemy import JSON, BigInteger, Column, Index, Integer, text
 from sqlmodel import Field
 
 from sandboxd.kit.db import Table
@@ -109,7 +109,10 @@ class Event(Table, table=True):
         {"sqlite_autoincrement": True},
     )
 
-    sequence: int | None = Field(default=None, primary_key=True)
+    # SQLite counts up by itself only what is called INTEGER, which has 64 bits there.
+    sequence: int | None = Field(
+        default=None, sa_column=Column(BigInteger().with_variant(Integer(), "sqlite"), primary_key=True)
+    )
     id: str = Field(max_length=64, unique=True)
     project_id: str = Field(max_length=64)
     sandbox_id: str = Field(max_length=64)

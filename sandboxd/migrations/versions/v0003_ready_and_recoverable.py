@@ -22,12 +22,15 @@ def upgrade() -> None:
         table.add_column(sa.Column("max_cpu_mhz", sa.Integer(), nullable=True))
         table.add_column(sa.Column("max_memory_size_mb", sa.Integer(), nullable=True))
     _create_identity_tables()
+    _guard_audit_entries()
     _create_sandbox_tables()
 
 
 def downgrade() -> None:
     for table_name in ("usage_hour", "event", "exec", "node", "audit_entry", "idempotency_key"):
         op.drop_table(table_name)
+    if op.get_bind().dialect.name == "postgresql":
+        op.execute("DROP FUNCTION audit_entry_stays()")
     with op.batch_alter_table("project") as table:
         for name in ("max_sandboxes", "max_cpu_mhz", "max_memory_size_mb"):
             table.drop_column(name)
@@ -115,6 +118,26 @@ def _create_identity_tables() -> None:
     op.create_index("ix_audit_entry_project_id_id", "audit_entry", ["project_id", "id"])
 
 
+def _guard_audit_entries() -> None:
+    # Triggers go with their table: a later migration that rebuilds it (batch mode) has to make them again.
+    if op.get_bind().dialect.name == "postgresql":
+        op.execute(
+            "CREATE FUNCTION audit_entry_stays() RETURNS trigger LANGUAGE plpgsql AS "
+            "$$ BEGIN RAISE EXCEPTION 'audit entries are never changed' "
+            "USING ERRCODE = 'restrict_violation'; END $$"
+        )
+        op.execute(
+            "CREATE TRIGGER audit_entry_stays BEFORE UPDATE OR DELETE OR TRUNCATE ON audit_entry "
+            "FOR EACH STATEMENT EXECUTE FUNCTION audit_entry_stays()"
+        )
+        return
+    for verb in ("UPDATE", "DELETE"):
+        op.execute(
+            f"CREATE TRIGGER audit_entry_no_{verb.lower()} BEFORE {verb} ON audit_entry "
+            "BEGIN SELECT RAISE(ABORT, 'audit entries are never changed'); END"
+        )
+
+
 def _create_sandbox_tables() -> None:
     op.create_table(
         "exec",
@@ -138,7 +161,7 @@ def _create_sandbox_tables() -> None:
     op.create_table(
         "event",
         # The order in which events were committed; a random part in an id would not have it.
-        sa.Column("sequence", sa.Integer(), nullable=False),
+        sa.Column("sequence", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
         sa.Column("id", sa.String(64), nullable=False),
         sa.Column("project_id", sa.String(64), nullable=False),
         sa.Column("sandbox_id", sa.String(64), nullable=False),
