@@ -123,7 +123,11 @@ def make_router(sandboxes: SandboxService, execs: ExecService) -> APIRouter:
         # Built by hand: validating our own output again would be a quarter of the whole call.
         return Response(json.dumps(result), media_type="application/json")
 
-    @router.get("/{sandbox_id}/files", response_class=StreamingResponse)
+    @router.get(
+        "/{sandbox_id}/files",
+        response_class=StreamingResponse,
+        responses={200: {"content": {"application/octet-stream": {}}}},
+    )
     async def read_file(sandbox_id: str, path: FilePath, principal: CurrentPrincipal) -> Response:
         """The file's raw bytes."""
         sandbox = await sandboxes.running(principal.project_id, sandbox_id)
