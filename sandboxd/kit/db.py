@@ -17,7 +17,7 @@ from sqlmodel import SQLModel
 from sqlmodel.ext.asyncio.session import AsyncSession
 
 from sandboxd.kit.errors import StoreUnavailableError
-from sandboxd.kit.postgres import Postgres
+from sandboxd.kit.postgres import COMMAND_TIMEOUT_S, Postgres
 from sandboxd.kit.sqlite import Sqlite
 
 __all__ = ["MIGRATIONS", "Database", "StoreUnavailableError", "Table"]
@@ -62,9 +62,10 @@ class Database:
 
     Every method raises StoreUnavailableError when the store cannot be reached, or does not answer in time."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, command_timeout_s: float = COMMAND_TIMEOUT_S) -> None:
+        """`command_timeout_s` bounds each statement on PostgreSQL."""
         self.url = url
-        self._backend = _backend(url)
+        self._backend = _backend(url, command_timeout_s)
         self.dialect = self._backend.dialect
         self._reader = self._backend.reader()
         self._writer = self._backend.writer()
@@ -125,9 +126,11 @@ class _PoolErrors:
             raise StoreUnavailableError("The store has too much to do. Try again in a while.") from error
 
 
-def _backend(url: str) -> Backend:
+def _backend(url: str, command_timeout_s: float) -> Backend:
     parsed = make_url(url)
-    return Postgres(parsed) if parsed.get_backend_name() == "postgresql" else Sqlite(parsed)
+    if parsed.get_backend_name() == "postgresql":
+        return Postgres(parsed, command_timeout_s)
+    return Sqlite(parsed)
 
 
 def _lock_name(name: str) -> str:
