@@ -281,7 +281,7 @@ class SandboxService:
                 idempotency.check_same(first, repeatable.digest)
                 raise _Replay(first.resource_id)
         # Two creates at once must not each see room for one: they take turns.
-        await self._db.serialize(session, f"quota {principal.project_id}")
+        await self._db.serialize(session, f"quota_{principal.project_id}")
         await self._limits.check_quota(
             session, principal, sandboxes=1, cpu_mhz=size.cpu_mhz, memory_size_mb=size.memory_size_mb
         )
