@@ -1,19 +1,19 @@
-"""The runtime contract, checked on every driver. A new driver adds its name to the fixture."""
+"""The runtime contract, checked on every driver: making, reaching, adopting and ending a sandbox."""
 
 import asyncio
+import contextlib
+import dataclasses
 import io
 import os
 import tarfile
-from collections.abc import AsyncIterator
-from pathlib import Path
 
+import docker
 import pytest
+from e80_agent.protocol import PROTOCOL_VERSION
 
-from sandboxd.agentlink.client import Agent, Event, ExecRequest, Outcome, Output
+from sandboxd.agentlink.client import Agent, Output
 from sandboxd.agentlink.errors import LinkBrokenError
-from sandboxd.kit.settings import Settings
-from sandboxd.runtimes.base import Handle, Phase, SandboxSpec
-from sandboxd.runtimes.docker.driver import DockerRuntime
+from sandboxd.runtimes.base import Handle, Phase
 from sandboxd.runtimes.errors import (
     AgentUnreachableError,
     EngineUnavailableError,
@@ -21,78 +21,15 @@ from sandboxd.runtimes.errors import (
     ImageUnusableError,
 )
 from sandboxd.runtimes.registry import create_runtime
+from tests.conformance.sandbox import SANDBOX, Limits, agent_of, make_spec, output, printed, request
 
 pytestmark = pytest.mark.docker
-
-SANDBOX = "sbx_conformance"
-
-
-@pytest.fixture
-def settings(engine, tmp_path_factory) -> Settings:
-    root = Path(f"/tmp/e80-c{tmp_path_factory.mktemp('c').name[-3:]}")
-    root.mkdir(exist_ok=True)
-    return Settings(state_dir=root / "state", run_dir=root / "run")
-
-
-@pytest.fixture(params=["docker"])
-async def runtime(settings: Settings, request) -> AsyncIterator[DockerRuntime]:
-    settings.state_dir.mkdir(parents=True, exist_ok=True)
-    driver = create_runtime(settings)
-    await driver.start()
-    yield driver
-    for owned in await driver.list():
-        await driver.delete(owned.sandbox_id)
-    assert driver.leftovers() == set()
-    await driver.close()
-
-
-async def make_spec(runtime: DockerRuntime, name: str = SANDBOX) -> SandboxSpec:
-    image = await runtime.ensure_image("e80/default:latest")
-    return SandboxSpec(
-        id=name,
-        project_id="proj_x",
-        image=image.digest,
-        cpus=1.0,
-        memory_mb=256,
-        disk_mb=64,
-        max_files=4096,
-        max_processes=64,
-        uid=233_000,
-        runtime="runc",
-    )
-
-
-def agent_of(runtime: DockerRuntime, name: str = SANDBOX) -> Agent:
-    return Agent(lambda timeout_s: runtime.dial(name, timeout_s))
-
-
-def request(code: str, name: str = "exec_1", *, stream: bool = True) -> ExecRequest:
-    return ExecRequest(
-        id=name,
-        env={},
-        cwd="/home/user",
-        timeout_s=30,
-        output_limit=1 << 20,
-        spool_limit=0,
-        stream=stream,
-        code=code.encode(),
-    )
-
-
-async def output(events: AsyncIterator[Event]) -> tuple[bytes, Outcome]:
-    data = b""
-    async for event in events:
-        if isinstance(event, Output):
-            data += event.data
-        elif isinstance(event, Outcome):
-            return data, event
-    raise AssertionError("no outcome")
 
 
 async def test_create_reach_observe_delete(runtime):
     handle = await runtime.create(await make_spec(runtime))
     hello = await agent_of(runtime).hello()
-    assert hello.protocol == 1
+    assert hello.protocol == PROTOCOL_VERSION
     assert (await runtime.observe(handle)).phase is Phase.RUNNING
     assert [(item.sandbox_id, item.handle) for item in await runtime.list()] == [(SANDBOX, handle)]
     await runtime.delete(SANDBOX)
@@ -142,7 +79,7 @@ async def test_an_exec_survives_a_new_daemon_with_nothing_lost_or_doubled(runtim
     await earlier.close()
     await runtime.adopt(SANDBOX, handle)
     agent = agent_of(runtime)
-    assert "exec_1" in (await agent.hello()).execs
+    assert [known.id for known in (await agent.hello()).execs] == ["exec_1"]
     everything, outcome = await output(agent.attach("exec_1"))
     assert everything == b"".join(b"%d\n" % i for i in range(30))
     assert everything.startswith(seen)
@@ -183,23 +120,48 @@ async def test_an_exec_id_never_runs_twice(runtime):
 
 async def test_the_share_of_cpu_can_be_lifted_and_put_back(runtime):
     spec = await make_spec(runtime)
-    await runtime.create(spec)
-    agent = agent_of(runtime)
-    code = (
-        "import glob\n"
-        "v1 = '/sys/fs/cgroup/cpu/cpu.cfs_quota_us'\n"
-        "print(open(v1 if glob.glob(v1) else '/sys/fs/cgroup/cpu.max').read().split()[0])"
-    )
+    handle = await runtime.create(spec)
+    await agent_of(runtime).hello()
     limits = []
-    for number, cpus in enumerate((None, 0.5, spec.cpus)):
+    for cpus in (None, 0.5, spec.cpus):
         await runtime.limit_cpus(SANDBOX, cpus)
-        data, _ = await output(agent.run(request(code, f"exec_{number}")))
-        limits.append(int(data))
+        limits.append(Limits(handle).cpu_quota_us())
     assert limits[0] > 50_000 * (os.cpu_count() or 1)
     assert limits[1:] == [25_000, 50_000]
 
 
-async def test_images_that_cannot_serve_are_told_apart(runtime, engine):
+async def test_a_sandbox_may_belong_to_no_project_yet(runtime):
+    spec = dataclasses.replace(await make_spec(runtime), project_id=None)
+    await runtime.create(spec)
+    assert (await agent_of(runtime).hello()).protocol == PROTOCOL_VERSION
+
+
+async def test_a_fork_bomb_ends_with_its_exec_and_the_sandbox_lives(runtime):
+    await runtime.create(await make_spec(runtime, memory_mb=1024))
+    agent = agent_of(runtime)
+    bomb = "import os\nwhile True:\n  try: os.fork()\n  except OSError: pass"
+    run = asyncio.ensure_future(output(agent.run(request(bomb, timeout_s=2))))
+    await asyncio.sleep(2.5)
+    # What the daemon does for a bomb that starves its agent.
+    await runtime.limit_cpus(SANDBOX, None)
+    _, outcome = await asyncio.wait_for(run, 25)
+    assert outcome.reason == "timeout"
+    assert await printed(agent, "print('alive')", "exec_2") == "alive\n"
+
+
+async def test_the_peer_of_a_connection_is_looked_at(runtime):
+    handle = await runtime.create(await make_spec(runtime))
+    await agent_of(runtime).hello()
+    # A process of ours knows the way to the socket, and is in no sandbox's groups.
+    reader, writer = await asyncio.open_unix_connection(str(runtime._links_dir / SANDBOX / "agent.sock"))
+    with contextlib.suppress(ConnectionError):
+        assert await asyncio.wait_for(reader.read(1), 5) == b""
+    writer.close()
+    assert (await runtime.observe(handle)).phase is Phase.RUNNING
+
+
+async def test_images_that_cannot_serve_are_told_apart(runtime, settings):
+    engine = docker.DockerClient(base_url=settings.docker_url)
     with pytest.raises(ImageNotFoundError, match="no/such"):
         await runtime.ensure_image("no/such:image")
     empty = engine.api.import_image_from_data(_empty_tar(), repository="e80-test-empty", tag="latest")
@@ -209,6 +171,7 @@ async def test_images_that_cannot_serve_are_told_apart(runtime, engine):
             await runtime.ensure_image("e80-test-empty:latest")
     finally:
         engine.images.remove("e80-test-empty:latest", force=True)
+        engine.close()
 
 
 async def test_an_engine_that_is_away_is_not_an_answer(settings, runtime):

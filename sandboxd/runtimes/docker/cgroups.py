@@ -21,6 +21,7 @@ class Cgroup:
 
     version: int
     cpu: Path
+    accounts: Path
     memory: Path
 
     def usage(self) -> Usage | None:
@@ -28,9 +29,9 @@ class Cgroup:
         first; None when the group is gone. Three small reads."""
         try:
             if self.version == 2:
-                cpu_s = _fields(self.cpu / "cpu.stat")["usage_usec"] / 1e6
+                cpu_s = _fields(self.accounts / "cpu.stat")["usage_usec"] / 1e6
             else:
-                cpu_s = int((self.cpu / "cpuacct.usage").read_bytes()) / 1e9
+                cpu_s = int((self.accounts / "cpuacct.usage").read_bytes()) / 1e9
             memory = self._memory_bytes() - self._memory_stat("inactive_file")
         except (OSError, KeyError, ValueError):
             return None
@@ -40,6 +41,13 @@ class Cgroup:
         """Memory that a lower limit could not get back: all but what is cached of files. Raises OSError."""
         cached = self._memory_stat("inactive_file") + self._memory_stat("active_file")
         return max(0, self._memory_bytes() - cached)
+
+    def limit_cpu(self, quota_us: int) -> None:
+        """CPU time in each period of `container.CPU_PERIOD_US`. Raises OSError."""
+        if self.version == 2:
+            (self.cpu / "cpu.max").write_text(f"{quota_us} {container.CPU_PERIOD_US}")
+        else:
+            (self.cpu / "cpu.cfs_quota_us").write_text(str(quota_us))
 
     def limit_socket_memory(self) -> None:
         """Bounds the buffers of network sockets where v1 would not count them as memory: one sandbox could
@@ -64,10 +72,10 @@ def parse(text: str, root: Path = ROOT) -> Cgroup | None:
         _, controllers, path = line.split(":", 2)
         for name in controllers.split(","):
             paths[name] = root / controllers / path.lstrip("/")
-    if "memory" in paths and "cpuacct" in paths:
-        return Cgroup(1, cpu=paths["cpuacct"], memory=paths["memory"])
+    if {"cpu", "cpuacct", "memory"} <= paths.keys():
+        return Cgroup(1, cpu=paths["cpu"], accounts=paths["cpuacct"], memory=paths["memory"])
     unified = paths.get("")
-    return None if unified is None else Cgroup(2, cpu=unified, memory=unified)
+    return None if unified is None else Cgroup(2, cpu=unified, accounts=unified, memory=unified)
 
 
 def of_process(pid: int) -> Cgroup | None:

@@ -23,6 +23,10 @@ CAPABILITIES = ["SETUID", "SETGID", "KILL"]
 # by us, whatever the tenant's own limit says) and a helper for each file that is read or written.
 AGENT_PROCESSES = 160
 
+# gVisor ends when the host refuses it a thread, and on ptrace it had 24 for each process of a fork bomb.
+# Its own kernel enforces the tenant's RLIMIT_NPROC, so this is a fence around gVisor itself.
+_HOST_THREADS = {"runsc": 16}
+
 # What the kernel keeps outside of every other limit, or keeps after the process that made it has ended.
 _SYSCTLS = {
     "kernel.shm_rmid_forced": "1",
@@ -117,7 +121,7 @@ def container_config(
             "MemorySwap": spec.memory_mb * 1024 * 1024,
             # When the host is out of memory, anything in a sandbox goes before any process of the host's.
             "OomScoreAdj": 500,
-            "PidsLimit": spec.max_processes + AGENT_PROCESSES,
+            "PidsLimit": (spec.max_processes + AGENT_PROCESSES) * _HOST_THREADS.get(spec.runtime, 1),
             "Ulimits": [
                 {"Name": "nofile", "Soft": 4096, "Hard": 4096},
                 {"Name": "core", "Soft": 0, "Hard": 0},

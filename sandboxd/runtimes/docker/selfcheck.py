@@ -49,8 +49,8 @@ def inspect(info: dict[str, Any], settings: Settings) -> Capabilities:
 
 def offers(runtime: str) -> Capabilities:
     """What sandboxes of a runtime can do, whatever the host."""
-    is_runc = runtime == "runc"
-    return Capabilities(runtime=runtime, isolation_level=0, pause=is_runc, update=is_runc)
+    # runsc has no `update` command.
+    return Capabilities(runtime=runtime, isolation_level=0, pause=True, update=runtime == "runc")
 
 
 def _isolation(level: int) -> Check:

@@ -1,0 +1,90 @@
+"""What the conformance tests do with a sandbox: make one, run something in it, read its limits."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from sandboxd.agentlink.client import Agent, Event, ExecRequest, Outcome, Output
+from sandboxd.runtimes.base import SandboxSpec
+from sandboxd.runtimes.docker.driver import DockerRuntime
+
+SANDBOX = "sbx_conformance"
+
+
+async def make_spec(
+    runtime: DockerRuntime, name: str = SANDBOX, memory_mb: int = 256, cpus: float = 1.0
+) -> SandboxSpec:
+    settings = runtime._settings
+    image = await runtime.ensure_image(settings.default_image)
+    return SandboxSpec(
+        id=name,
+        project_id="proj_x",
+        image=image.digest,
+        cpus=cpus,
+        memory_mb=memory_mb,
+        disk_mb=64,
+        max_files=4096,
+        max_processes=64,
+        uid=233_000,
+        runtime=settings.runtime,
+    )
+
+
+def agent_of(runtime: DockerRuntime, name: str = SANDBOX) -> Agent:
+    return Agent(lambda timeout_s: runtime.dial(name, timeout_s))
+
+
+def request(code: str, name: str = "exec_1", *, stream: bool = True, timeout_s: float = 30) -> ExecRequest:
+    return ExecRequest(
+        id=name,
+        env={},
+        cwd="/home/user",
+        timeout_s=timeout_s,
+        output_limit=1 << 20,
+        spool_limit=0,
+        stream=stream,
+        code=code.encode(),
+    )
+
+
+async def output(events: AsyncIterator[Event]) -> tuple[bytes, Outcome]:
+    data = b""
+    async for event in events:
+        if isinstance(event, Output):
+            data += event.data
+        elif isinstance(event, Outcome):
+            return data, event
+    raise AssertionError("no outcome")
+
+
+async def printed(agent: Agent, code: str, name: str = "exec_1") -> str:
+    data, _ = await output(agent.run(request(code, name)))
+    return data.decode()
+
+
+class Limits:
+    """The kernel's own words about a container's limits, looked up by its id in the host's groups."""
+
+    def __init__(self, handle: str) -> None:
+        self._handle = handle
+
+    def cpu_quota_us(self) -> int:
+        v1 = self._file("cpu", "cpu.cfs_quota_us")
+        return int(v1.read_text()) if v1 else int(self._unified("cpu.max").split()[0])
+
+    def memory_mb(self) -> int:
+        v1 = self._file("memory", "memory.limit_in_bytes")
+        return int(v1.read_text() if v1 else self._unified("memory.max")) >> 20
+
+    def memory_and_swap_mb(self) -> int:
+        v1 = self._file("memory", "memory.memsw.limit_in_bytes")
+        if v1:
+            return int(v1.read_text()) >> 20
+        return self.memory_mb() + (int(self._unified("memory.swap.max")) >> 20)
+
+    def _unified(self, name: str) -> str:
+        file = self._file("", name)
+        assert file is not None
+        return file.read_text()
+
+    def _file(self, controller: str, name: str) -> Path | None:
+        return next((Path("/sys/fs/cgroup") / controller).rglob(f"*{self._handle}*/{name}"), None)
