@@ -12,13 +12,16 @@ from hypothesis import strategies as st
 from sandboxd.agentlink.client import Event, Failure, Outcome, Output
 from sandboxd.agentlink.errors import AgentRefusedError
 from sandboxd.kit.clock import SystemClock
+from sandboxd.kit.db import Database
 from sandboxd.kit.errors import BadRequestError
 from sandboxd.kit.metrics import Metrics
 from sandboxd.kit.settings import Settings
 from sandboxd.kit.tasks import TaskOwner
 from sandboxd.sandboxes.errors import BusyError
-from sandboxd.sandboxes.exec import ExecService, NewExec, _Decoder, _refused, _Run
-from sandboxd.sandboxes.live import LiveSandbox, LiveSandboxes
+from sandboxd.sandboxes.exec import ExecService, NewExec
+from sandboxd.sandboxes.exec_result import Decoder, Run, refused
+from sandboxd.sandboxes.history import History
+from sandboxd.sandboxes.live import Idleness, LiveSandbox, LiveSandboxes, Metered
 
 
 def outcome(reason: str = "exit", exit_code: int | None = 0, number: int | None = None) -> Outcome:
@@ -27,7 +30,7 @@ def outcome(reason: str = "exit", exit_code: int | None = 0, number: int | None 
 
 @given(st.binary(max_size=60), st.lists(st.integers(0, 60), max_size=6))
 def test_the_stream_is_the_same_bytes_however_it_was_cut(data: bytes, cuts: list[int]) -> None:
-    decoder = _Decoder("exec.stdout.delta")
+    decoder = Decoder("exec.stdout.delta")
     edges = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
     events = [event for start, end in itertools.pairwise(edges) for event in decoder.feed(data[start:end])]
     events += decoder.end()
@@ -41,7 +44,7 @@ def test_the_stream_is_the_same_bytes_however_it_was_cut(data: bytes, cuts: list
 @given(st.text(max_size=40), st.lists(st.integers(0, 160), max_size=8))
 def test_text_stays_text_however_it_was_cut(text: str, cuts: list[int]) -> None:
     data = text.encode()
-    decoder = _Decoder("exec.stdout.delta")
+    decoder = Decoder("exec.stdout.delta")
     edges = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
     pairs = itertools.pairwise(edges)
     events = [event for start, end in pairs for event in decoder.feed(data[start:end])]
@@ -63,7 +66,7 @@ def test_text_stays_text_however_it_was_cut(text: str, cuts: list[int]) -> None:
     ],
 )
 def test_statuses_and_signals(end: Outcome, status: str, signal: str | None) -> None:
-    run = _Run("sbx_1", 1000.0)
+    run = Run("exec_1", "sbx_1", "code", 1000.0)
     run.add(Output(False, b"a\xff"))
     run.add(Failure("E", "v", "t"))
     run.add(end)
@@ -72,6 +75,21 @@ def test_statuses_and_signals(end: Outcome, status: str, signal: str | None) -> 
     assert result["stdout"] == "a\ufffd"
     assert result["error"] == {"name": "E", "value": "v", "traceback": "t"}
     assert result["usage"] == {"cpu_ms": 0.5, "max_rss_mb": 2.0}
+
+
+def live_sandbox(agent: object) -> LiveSandbox:
+    return LiveSandbox(
+        id="sbx_1",
+        project_id="proj_1",
+        agent=agent,  # type: ignore[arg-type]  # a fake
+        env={},
+        cpus=0.5,
+        disk_size_mb=64,
+        last_active_at=0.0,
+        deadline=None,
+        idle=Idleness(0.0),
+        metered=Metered(0.0),
+    )
 
 
 class StarvedAgent:
@@ -98,10 +116,10 @@ class Quotas:
         (self.lifted if cpus is None else self.restored).set()
 
 
-async def test_an_agent_that_is_late_is_let_out_of_the_cpu_limit(settings: Settings) -> None:
+async def test_an_agent_that_is_late_is_let_out_of_the_cpu_limit(settings: Settings, db: Database) -> None:
     runtime, live = Quotas(), LiveSandboxes()
     agent = StarvedAgent(runtime.lifted)
-    sandbox = LiveSandbox("sbx_1", "proj_1", agent, {}, 0.5, 64, 0.0, None)  # type: ignore[arg-type]  # a fake
+    sandbox = live_sandbox(agent)
     live.add(sandbox)
     async with TaskOwner() as tasks:
         service = ExecService(
@@ -111,6 +129,7 @@ async def test_an_agent_that_is_late_is_let_out_of_the_cpu_limit(settings: Setti
             tasks=tasks,
             live=live,
             runtime=runtime,  # type: ignore[arg-type]  # a fake
+            history=History(db, Metrics()),
         )
         result = await service.run(sandbox, NewExec(code="bomb", timeout_s=0.01))
         await asyncio.wait_for(runtime.restored.wait(), 10)
@@ -119,17 +138,17 @@ async def test_an_agent_that_is_late_is_let_out_of_the_cpu_limit(settings: Setti
 
 
 def test_a_run_without_an_end_is_lost() -> None:
-    assert _Run("sbx_1", 1000.0).result()["status"] == "lost"
+    assert Run("exec_1", "sbx_1", "code", 1000.0).result()["status"] == "lost"
 
 
 def test_refusals_are_results_or_errors() -> None:
-    said, end = _refused(AgentRefusedError("command_not_found", "'x': No such file or directory"))
+    said, end = refused(AgentRefusedError("command_not_found", "'x': No such file or directory"))
     assert isinstance(said, Output)
     assert isinstance(end, Outcome)
     assert (said.is_stderr, end.exit_code) == (True, 127)
     with pytest.raises(BusyError) as busy:
-        _refused(AgentRefusedError("busy", "64 execs are running"))
+        refused(AgentRefusedError("busy", "64 execs are running"))
     assert busy.value.headers["Retry-After"] == "1"
     with pytest.raises(BadRequestError) as cwd:
-        _refused(AgentRefusedError("cwd_not_found", "cwd '/x': No such file or directory"))
+        refused(AgentRefusedError("cwd_not_found", "cwd '/x': No such file or directory"))
     assert cwd.value.param == "cwd"

@@ -1,167 +1,78 @@
 """The life cycle when the runtime fails at each of its steps: nothing stays behind, and the row says why."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 
-from sandboxd.identity.service import IdentityService, Principal
+from sandboxd.identity.errors import IdempotencyConflictError
 from sandboxd.kit.clock import SystemClock
-from sandboxd.kit.db import Database
+from sandboxd.kit.db import StoreUnavailableError
 from sandboxd.kit.metrics import Metrics
 from sandboxd.kit.paging import PageParams
-from sandboxd.kit.settings import Settings
-from sandboxd.kit.tasks import TaskOwner
-from sandboxd.runtimes.base import Exited, Handle, Image, Observation, Owned, Phase
-from sandboxd.runtimes.errors import AgentUnreachableError, EngineUnavailableError
-from sandboxd.sandboxes.errors import NoFreeSlotError, SandboxNotRunningError
-from sandboxd.sandboxes.jobs import Reaper, Sweep
-from sandboxd.sandboxes.service import NewSandbox, SandboxService
+from sandboxd.runtimes.base import Handle, Phase
+from sandboxd.runtimes.errors import EngineUnavailableError, LimitBelowUseError
+from sandboxd.sandboxes.errors import LimitError, NoFreeSlotError, QuotaError, SandboxNotRunningError
+from sandboxd.sandboxes.jobs import Reaper
+from sandboxd.sandboxes.limits import NewSandbox
+from sandboxd.sandboxes.service import Repeatable
 from sandboxd.sandboxes.states import Reason, Status
+from tests.sandboxd.sandboxes.world import Node, World
 
 
-class BrokenRuntime:
-    """A runtime that fails where it is told to, and remembers what it holds."""
-
-    def __init__(self) -> None:
-        self.fail_at = ""
-        self.held: dict[str, Phase] = {}
-        self.gate = asyncio.Event()
-        self.gate.set()
-        self.making = asyncio.Event()
-
-    def _step(self, name: str) -> None:
-        if self.fail_at == name:
-            raise EngineUnavailableError(f"broken at {name}")
-
-    async def ensure_image(self, ref: str) -> Image:
-        return Image(ref, "sha256:1", "3.11.2")
-
-    async def create(self, spec) -> Handle:
-        self.held[spec.id] = Phase.RUNNING
-        self.making.set()
-        await self.gate.wait()
-        self._step("create")
-        return Handle(spec.id)
-
-    async def delete(self, sandbox_id: str) -> None:
-        self._step("delete")
-        self.held.pop(sandbox_id, None)
-
-    async def adopt(self, sandbox_id: str, handle: Handle) -> None:
-        self._step("adopt")
-
-    async def observe(self, handle: Handle) -> Observation:
-        return Observation(self.held.get(handle, Phase.GONE))
-
-    async def list(self) -> list[Owned]:
-        return [Owned(name, Handle(name), phase) for name, phase in self.held.items()]
-
-    async def watch(self) -> AsyncIterator[Exited]:
-        for name in list(self.held):
-            yield Exited(name, Handle(name))
-
-    def leftovers(self) -> set[str]:
-        return set(self.held)
-
-    async def dial(self, sandbox_id: str, timeout_s: float):
-        raise AgentUnreachableError("no agent here")
-
-
-class World:
-    def __init__(self, tmp_path: Path) -> None:
-        self.settings = Settings(state_dir=tmp_path, max_sandboxes=3, start_timeout_s=5)
-        self.db = Database(self.settings.database_url)
-        self.tasks = TaskOwner()
-        self.runtime = BrokenRuntime()
-        self.clock = SystemClock()
-        self.principal: Principal
-        self.service = self.new_service()
-
-    def new_service(self) -> SandboxService:
-        service = SandboxService(
-            settings=self.settings,
-            clock=self.clock,
-            db=self.db,
-            metrics=Metrics(),
-            tasks=self.tasks,
-            runtime=self.runtime,
-            images=self.runtime,
-        )
-        service._agent = lambda _sandbox_id: Answering()  # type: ignore[assignment,method-assign,return-value]  # no engine, no agent
-        return service
-
-    async def rows(self) -> dict[str, str | None]:
-        found, _ = await self.service.list(self.principal.project_id, None, PageParams(limit=100))
-        return {row.status: row.termination_reason for row in found}
-
-    def sweep(self, service: SandboxService | None = None) -> Sweep:
-        return Sweep(service or self.service, self.db, self.runtime, Metrics())
-
-
-class Answering:
-    """An agent that is there."""
-
-    async def hello(self, timeout_s: float = 1) -> None:
-        return None
-
-
-@pytest.fixture
-async def world(tmp_path: Path) -> AsyncIterator[World]:
-    world = World(tmp_path)
-    await world.db.migrate()
-    identity = IdentityService(world.db, world.clock)
-    project = await identity.ensure_project("org", "proj")
-    key = await identity.create_key(project.id, "k", actor="tests")
-    world.principal = await identity.authenticate(key.key)
-    yield world
-    await world.tasks.close()
-    await world.db.close()
+async def create(world: World, **wanted):
+    return await world.service.create(world.principal, NewSandbox(**wanted))
 
 
 async def test_a_create_that_fails_leaves_only_its_row(world):
     world.runtime.fail_at = "create"
     with pytest.raises(EngineUnavailableError, match="broken at create"):
-        await world.service.create(world.principal, NewSandbox())
+        await create(world)
     assert await world.rows() == {"failed": "runtime_error"}
     assert world.runtime.held == {}
-    assert len(world.service.live) == 0
+    assert len(world.node.live) == 0
 
 
 async def test_what_cannot_be_deleted_now_is_deleted_by_the_sweep(world):
-    row = await world.service.create(world.principal, NewSandbox())
+    row = await create(world)
     world.runtime.fail_at = "delete"
     with pytest.raises(EngineUnavailableError):
-        await world.service.end(row.id, Reason.USER)
+        await world.service.stop(world.principal, row.id)
     assert await world.rows() == {"stopping": "user"}
     world.runtime.fail_at = ""
-    await world.sweep().run()
+    await world.node.sweep.run()
     assert await world.rows() == {"stopped": "user"}
     assert world.runtime.held == {}
 
 
 async def test_the_sweep_takes_up_what_an_earlier_process_left(world):
-    row = await world.service.create(world.principal, NewSandbox(timeout_s=100))
-    later = world.new_service()
-    await world.sweep(later).run()
+    row = await create(world, timeout_s=100, idle_timeout_s=50)
+    later = Node(world)
+    await later.sweep.run()
     taken = later.live.get(row.id)
     assert taken is not None
-    assert taken.deadline == world.service.live.get(row.id).deadline
+    assert taken.deadline == world.node.live.get(row.id).deadline
+    assert taken.idle_timeout_s == 50
+
+
+async def test_the_sweep_of_one_node_leaves_the_others_alone(world):
+    await create(world)
+    other = Node(world, "other")
+    world.runtime.held.clear()
+    await other.sweep.run()
+    assert await world.rows() == {"running": None}
 
 
 async def test_the_sweep_ends_what_cannot_be_taken_up(world):
-    await world.service.create(world.principal, NewSandbox())
+    await create(world)
     world.runtime.fail_at = "adopt"
-    await world.sweep(world.new_service()).run()
+    await Node(world).sweep.run()
     assert await world.rows() == {"failed": "lost"}
     assert world.runtime.held == {}
 
 
 async def test_one_that_cannot_be_mended_does_not_keep_the_others_from_it(world):
-    first = await world.service.create(world.principal, NewSandbox())
-    second = await world.service.create(world.principal, NewSandbox())
-    later = world.new_service()
+    first, second = await create(world), await create(world)
+    later = Node(world)
     real = world.runtime.adopt
 
     async def adopt(sandbox_id: str, handle: Handle) -> None:
@@ -170,7 +81,7 @@ async def test_one_that_cannot_be_mended_does_not_keep_the_others_from_it(world)
         await real(sandbox_id, handle)
 
     world.runtime.adopt = adopt
-    await world.sweep(later).run()
+    await later.sweep.run()
     assert later.live.get(second.id) is not None
 
 
@@ -183,39 +94,51 @@ async def test_a_create_whose_clean_up_failed_keeps_its_place(world):
 
     world.runtime.delete = refuse
     with pytest.raises(EngineUnavailableError, match="broken at create"):
-        await world.service.create(world.principal, NewSandbox())
+        await create(world)
     assert await world.rows() == {"stopping": "runtime_error"}
     world.runtime.delete, world.runtime.fail_at = delete, ""
-    assert (await world.service.create(world.principal, NewSandbox())).slot == 1
-    await world.sweep().run()
+    assert (await create(world)).slot == 1
+    await world.node.sweep.run()
     assert (await world.rows())["failed"] == "runtime_error"
 
 
 async def test_the_sweep_removes_what_has_no_row_and_spares_what_is_being_made(world):
     world.runtime.held["sbx_nobodys"] = Phase.EXITED
     world.runtime.gate.clear()
-    making = asyncio.ensure_future(world.service.create(world.principal, NewSandbox()))
+    making = asyncio.ensure_future(create(world))
     await world.runtime.making.wait()
-    await world.sweep().run()
+    await world.node.sweep.run()
     assert "sbx_nobodys" not in world.runtime.held
     world.runtime.gate.set()
     assert (await making).status == Status.RUNNING
 
 
-async def test_a_live_one_whose_container_is_gone_is_ended(world):
-    await world.service.create(world.principal, NewSandbox())
+@pytest.mark.parametrize(("engine", "reason"), [("engine 1", "lost"), ("engine 2", "runtime_restart")])
+async def test_a_live_one_whose_container_is_gone_is_ended(world, engine, reason):
+    await create(world)
     world.runtime.held.clear()
-    await world.sweep().run()
+    world.runtime.engine = engine
+    await world.node.sweep.run()
+    assert await world.rows() == {"failed": reason}
+    assert len(world.node.live) == 0
+
+
+async def test_one_that_lived_through_a_restart_of_the_engine_may_still_be_lost_later(world):
+    row = await create(world)
+    world.runtime.engine = "engine 2"
+    await world.node.sweep.run()
+    assert (await world.service.get(world.principal.project_id, row.id)).status == Status.RUNNING
+    world.runtime.held.clear()
+    await world.node.sweep.run()
     assert await world.rows() == {"failed": "lost"}
-    assert len(world.service.live) == 0
 
 
 async def test_ending_one_that_is_being_made_wins(world):
     world.runtime.gate.clear()
-    making = asyncio.ensure_future(world.service.create(world.principal, NewSandbox()))
+    making = asyncio.ensure_future(create(world))
     await world.runtime.making.wait()
     (sandbox_id,) = world.runtime.held
-    ending = asyncio.ensure_future(world.service.end(sandbox_id, Reason.USER))
+    ending = asyncio.ensure_future(world.service.stop(world.principal, sandbox_id))
     while "stopping" not in await world.rows():
         continue
     world.runtime.gate.set()
@@ -226,24 +149,194 @@ async def test_ending_one_that_is_being_made_wins(world):
 
 
 async def test_places_are_limited_and_given_back(world):
-    rows = [await world.service.create(world.principal, NewSandbox()) for _ in range(3)]
+    rows = [await create(world) for _ in range(3)]
     assert sorted(row.slot for row in rows) == [0, 1, 2]
     with pytest.raises(NoFreeSlotError, match="All 3 places"):
-        await world.service.create(world.principal, NewSandbox())
-    await world.service.end(rows[1].id, Reason.USER)
-    assert (await world.service.create(world.principal, NewSandbox())).slot == 1
+        await create(world)
+    await world.node.lifecycle.end(rows[1].id, Reason.USER)
+    assert (await create(world)).slot == 1
 
 
 async def test_the_reaper_goes_by_the_hosts_clock(world):
-    row = await world.service.create(world.principal, NewSandbox(timeout_s=100))
-    other = await world.service.create(world.principal, NewSandbox(timeout_s=100))
-    world.service.live.get(row.id).deadline = world.clock.monotonic() - 1
+    row, other = await create(world, timeout_s=100), await create(world, timeout_s=100)
+    world.node.live.get(row.id).deadline = world.clock.monotonic() - 1
 
     class Jumped(SystemClock):
         def now(self) -> float:
             return super().now() + 10**6
 
-    await Reaper(world.service, Jumped(), Metrics()).tick()
-    assert world.service.live.get(row.id) is None
-    assert world.service.live.get(other.id) is not None
+    await Reaper(world.node.lifecycle, Jumped(), Metrics()).tick()
+    assert world.node.live.get(row.id) is None
+    assert world.node.live.get(other.id) is not None
     assert (await world.service.get(world.principal.project_id, row.id)).termination_reason == "timeout"
+
+
+async def test_only_use_keeps_a_sandbox_from_its_idle_timeout(world, clock):
+    world.clock = clock
+    world.node = Node(world)
+    used, idle, busy, none = [
+        await Node.create_for(world, idle_timeout_s=limit) for limit in (10, 10, 10, None)
+    ]
+    world.node.live.get(busy.id).execs = 1
+    reaper = Reaper(world.node.lifecycle, clock, Metrics())
+    for _ in range(4):
+        await reaper.tick()
+        clock.advance(4)
+        await world.service.running(world.principal.project_id, used.id)
+        await world.service.get(world.principal.project_id, idle.id)  # a look is no use
+    await reaper.tick()
+    assert {live.id for live in world.node.live} == {used.id, busy.id, none.id}
+    ended = await world.service.get(world.principal.project_id, idle.id)
+    assert (ended.status, ended.termination_reason) == ("stopped", "idle_timeout")
+
+
+async def test_a_paused_sandbox_keeps_what_was_left_of_its_time(world, clock):
+    world.clock = clock
+    world.node = Node(world)
+    row = await Node.create_for(world, timeout_s=100, idle_timeout_s=20)
+    reaper = Reaper(world.node.lifecycle, clock, Metrics())
+    clock.advance(10)
+    paused = await world.service.pause(world.principal, row.id)
+    assert (paused.status, paused.remaining_s, paused.expires_at) == ("paused", 90, None)
+    assert (await world.service.pause(world.principal, row.id)).status == "paused"
+    with pytest.raises(SandboxNotRunningError):
+        await world.service.running(world.principal.project_id, row.id)
+    clock.advance(10_000)
+    await reaper.tick()
+    resumed = await world.service.resume(world.principal, row.id)
+    assert (resumed.status, resumed.expires_at) == ("running", clock.now() + 90)
+    assert world.runtime.held[row.id] is Phase.RUNNING
+    clock.advance(91)
+    await reaper.tick()
+    assert await world.rows() == {"stopped": "timeout"}
+
+
+async def test_a_pause_that_fails_leaves_it_running(world):
+    row = await create(world, timeout_s=100)
+    world.runtime.fail_at = "pause"
+    with pytest.raises(EngineUnavailableError):
+        await world.service.pause(world.principal, row.id)
+    assert await world.rows() == {"running": None}
+    live = await world.service.running(world.principal.project_id, row.id)
+    assert live.deadline is not None
+
+
+async def test_a_new_process_finishes_a_pause_and_keeps_its_time(world):
+    row = await create(world, timeout_s=100)
+    await world.service.pause(world.principal, row.id)
+    world.runtime.held[row.id] = Phase.RUNNING  # it died before the freeze
+    later = Node(world)
+    await later.sweep.run()
+    assert world.runtime.held[row.id] is Phase.PAUSED
+    resumed = await later.service.resume(world.principal, row.id)
+    assert resumed.expires_at - world.clock.now() == pytest.approx(100, abs=1)
+
+
+async def test_a_paused_sandbox_can_be_stopped(world):
+    row = await create(world)
+    await world.service.pause(world.principal, row.id)
+    assert (await world.service.stop(world.principal, row.id)).status == Status.STOPPED
+
+
+async def test_patch_changes_what_is_named_and_only_that(world):
+    row = await create(world, timeout_s=100, labels={"a": "1"})
+    changed = await world.service.update(
+        world.principal, row.id, {"timeout_s": 500, "memory_size_mb": 200, "idle_timeout_s": 9}
+    )
+    assert changed.expires_at - world.clock.now() == pytest.approx(500, abs=1)
+    assert (changed.memory_size_mb, changed.cpu_mhz, changed.labels) == (200, row.cpu_mhz, {"a": "1"})
+    assert world.runtime.limits[row.id] == (1.0, 200)
+    assert world.node.live.get(row.id).idle_timeout_s == 9
+    off = await world.service.update(world.principal, row.id, {"idle_timeout_s": None, "labels": {}})
+    assert (off.idle_timeout_s, off.labels) == (None, {})
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"memory_size_mb": 99}, LimitBelowUseError),
+        ({"memory_size_mb": 10**9}, LimitError),
+        ({"timeout_s": None}, LimitError),
+        ({"idle_timeout_s": 10**9}, LimitError),
+        ({"cpu_mhz": 1}, LimitError),
+    ],
+)
+async def test_a_patch_is_done_as_a_whole_or_not_at_all(world, changes, error):
+    row = await create(world)
+    with pytest.raises(error):
+        await world.service.update(world.principal, row.id, {"labels": {"x": "y"}, **changes})
+    assert (await world.service.get(world.principal.project_id, row.id)).labels == {}
+
+
+async def test_a_key_makes_one_sandbox_however_often_and_fast_it_is_sent(world):
+    again = Repeatable("k", "digest")
+    rows = await asyncio.gather(
+        *(world.service.create(world.principal, NewSandbox(), again) for _ in range(50))
+    )
+    assert len({row.id for row in rows}) == 1
+    assert {row.status for row in rows} == {"running"}
+    assert len(world.runtime.held) == 1
+    with pytest.raises(IdempotencyConflictError):
+        await world.service.create(world.principal, NewSandbox(), Repeatable("k", "other"))
+
+
+async def test_a_key_whose_create_failed_may_be_used_again(world):
+    again = Repeatable("k", "digest")
+    world.runtime.fail_at = "create"
+    with pytest.raises(EngineUnavailableError):
+        await world.service.create(world.principal, NewSandbox(), again)
+    world.runtime.fail_at = ""
+    assert (await world.service.create(world.principal, NewSandbox(), again)).status == "running"
+
+
+async def test_a_projects_quota_holds_whoever_asks_at_once(world):
+    world.settings = world.settings.model_copy(update={"max_sandboxes": 100})
+    world.node = Node(world)
+    principal = world.quota(sandboxes=5)
+    results = await asyncio.gather(
+        *(world.service.create(principal, NewSandbox()) for _ in range(12)), return_exceptions=True
+    )
+    refused = [result for result in results if isinstance(result, QuotaError)]
+    assert (len(refused), len(world.runtime.held)) == (7, 5)
+    assert refused[0].headers["Retry-After"]
+    assert refused[0].headers["x-ratelimit-limit-sandboxes"] == "5"
+
+
+async def test_quotas_count_cpu_and_memory_and_growth(world):
+    principal = world.quota(memory_size_mb=1024, cpu_mhz=5000)
+    row = await world.service.create(principal, NewSandbox(memory_size_mb=600))
+    with pytest.raises(QuotaError, match="memory_size_mb is 1024; it has 600 and this asks for 512"):
+        await world.service.create(principal, NewSandbox())
+    with pytest.raises(QuotaError, match="cpu_mhz"):
+        await world.service.update(principal, row.id, {"cpu_mhz": 6000})
+    assert (await world.service.update(principal, row.id, {"memory_size_mb": 1024})).memory_size_mb == 1024
+
+
+async def test_lists_filter_by_labels_and_keep_the_order_of_creation(world):
+    rows = [await create(world, labels={"n": str(n), "a/b.c": "x y"}) for n in range(3)]
+    project = world.principal.project_id
+    found, _ = await world.service.list(project, None, PageParams(), {"n": "1", "a/b.c": "x y"})
+    assert [row.id for row in found] == [rows[1].id]
+    assert (await world.service.list(project, None, PageParams(), {"n": "9"}))[0] == []
+    page, more = await world.service.list(project, None, PageParams(limit=2))
+    assert ([row.id for row in page], more) == ([rows[2].id, rows[1].id], True)
+    rest, more = await world.service.list(project, None, PageParams(limit=2, after=page[-1].id))
+    assert ([row.id for row in rest], more) == ([rows[0].id], False)
+
+
+async def test_a_stop_goes_through_although_the_store_cannot_be_written(world, monkeypatch):
+    row = await create(world)
+    write = world.db.write
+
+    def refuse():
+        raise StoreUnavailableError("the disk is full")
+
+    monkeypatch.setattr(world.db, "write", refuse)
+    stopped = await world.service.stop(world.principal, row.id)
+    assert (stopped.status, stopped.termination_reason) == ("stopped", "user")
+    assert world.runtime.held == {}
+    assert (await world.service.get(world.principal.project_id, row.id)).status == "stopped"
+    monkeypatch.setattr(world.db, "write", write)
+    await world.node.lifecycle.flush_activity()
+    later = Node(world)
+    assert (await later.service.get(world.principal.project_id, row.id)).status == "stopped"
