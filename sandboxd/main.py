@@ -185,6 +185,12 @@ def _serve(settings: Settings) -> int:
 async def _run(settings: Settings) -> int:
     app = create_app(settings)
     stop = asyncio.Event()
+    try:
+        # The application does it, too; here its failure is a line of its own, and no traceback.
+        await app.state.services.db.migrate()
+    except SandboxdError as error:
+        log.error("cannot start", reason=error.message)
+        return EXIT_FAILED
 
     def on_signal() -> None:
         if stop.is_set():

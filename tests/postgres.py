@@ -40,9 +40,9 @@ class PostgresServer:
             "listen_addresses": "127.0.0.1",
             "unix_socket_directories": str(self.root),
             "port": str(self.port),
+            # Safe when the server is killed; only a crash of the host would lose something.
             "fsync": "off",
             "full_page_writes": "off",
-            "synchronous_commit": "off",
             "shared_buffers": "32MB",
             "max_connections": "200",
         }

@@ -117,6 +117,17 @@ def test_an_unusable_state_folder_is_named(environment, tmp_path):
     assert failed.stderr.startswith("sandboxd: SANDBOXD_STATE_DIR: ")
 
 
+@pytest.mark.parametrize("command", [["serve"], ["create-key", "--name", "a"]])
+def test_a_store_that_is_away_is_said_in_plain_words(environment, command):
+    away = "postgresql://e80:hunter2@127.0.0.1:1/e80"
+    failed = run({**environment, "SANDBOXD_DATABASE_URL": away}, *command)
+    assert failed.returncode == EXIT_FAILED
+    assert "The store (PostgreSQL) cannot be used at the moment" in failed.stderr
+    assert "ConnectionRefusedError" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert "hunter2" not in failed.stderr
+
+
 def test_keys_of_one_project_share_it(environment, tmp_path):
     for name in ("a", "b"):
         assert run(environment, "create-key", "--project", "web", "--name", name).returncode == 0
