@@ -11,14 +11,18 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from e80_sdk.client import AsyncEighty80
+from e80_sdk.errors import E80Error
+from e80_sdk.retries import PATIENCE_S
 
 from e80_cli.exits import INTERRUPTED
 
 if TYPE_CHECKING:
     from e80_cli.session import Login, Work
 
-# A person waits: a server that is down is reported within a second.
-MAX_RETRIES = 2
+FIRST_PATIENCE_S = 10.0
+"""A server that never answered may be down for good, or the address wrong; one that did restarts."""
+QUIET_PAUSES = 4
+"""The first pauses take less than a second: too short to be worth a word."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -72,5 +76,24 @@ async def _main(work: Work, login: Login, interrupts: _Interrupts) -> int:
     task: asyncio.Task[int] | None = asyncio.current_task()
     assert task is not None
     interrupts.protect(asyncio.get_running_loop(), task)
-    async with AsyncEighty80(login.api_key, login.base_url, max_retries=MAX_RETRIES) as client:
+    given_s = login.patience_s
+    async with AsyncEighty80(
+        login.api_key,
+        login.base_url,
+        patience_s=PATIENCE_S if given_s is None else given_s,
+        first_patience_s=FIRST_PATIENCE_S if given_s is None else given_s,
+        on_wait=_Waiting().tell,
+    ) as client:
         return await work(client)
+
+
+class _Waiting:
+    """Tells a person, once, why nothing happens."""
+
+    def __init__(self) -> None:
+        self._pauses = 0
+
+    def tell(self, error: E80Error, left_s: float) -> None:
+        self._pauses += 1
+        if self._pauses == QUIET_PAUSES and sys.stderr.isatty():
+            sys.stderr.write(f"8080: {error.message}\n8080: trying for {left_s:.0f} s more; Ctrl-C ends it\n")

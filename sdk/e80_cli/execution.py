@@ -21,7 +21,7 @@ _OUTPUT = ("exec.stdout.delta", "exec.stderr.delta")
 async def follow(client: AsyncEighty80, sandbox_id: str, body: Mapping[str, Any], output: Output) -> int:
     """Run it, pass its output on, and return its exit code; with `--json` the events are the output."""
     code = 1
-    async with aclosing(client.api.exec_events(sandbox_id, body)) as events:
+    async with aclosing(client.api.execs.events(sandbox_id, body)) as events:
         async for event in events:
             if output.as_json:
                 output.data(event)

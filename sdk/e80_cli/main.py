@@ -35,6 +35,10 @@ def root(
     api_key: Annotated[
         str | None, typer.Option("--api-key", help="Key; else _8080_API_KEY (safer), else the stored one.")
     ] = None,
+    patience_s: Annotated[
+        float | None,
+        typer.Option("--patience-s", min=0, help="How long to wait for a server that does not answer."),
+    ] = None,
     show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> int:
     """Run code in isolated sandboxes.
@@ -46,7 +50,7 @@ def root(
       8080 sandbox exec $id -- ls -la
       8080 doctor                           what is wrong, and how to fix it
     """
-    context.obj = Login(base_url, api_key)
+    context.obj = Login(base_url, api_key, patience_s)
     if show_version:
         from importlib.metadata import version  # noqa: PLC0415 (20 ms, for this option alone)
 

@@ -21,10 +21,11 @@ Work = Callable[["AsyncEighty80"], Awaitable[int]]
 
 @dataclass(frozen=True)
 class Login:
-    """What the options before the command say about server and key."""
+    """What the options before the command say about the server, the key and how long to wait."""
 
     base_url: str | None = None
     api_key: str | None = None
+    patience_s: float | None = None
 
 
 def login_of(context: typer.Context) -> Login:

@@ -21,13 +21,18 @@ if TYPE_CHECKING:
         ConnectionLostError,
         DiskFullError,
         E80Error,
+        ExecResultGoneError,
+        IdempotencyConflictError,
+        IdempotencyReplayedError,
         NotAwaitedError,
         NotFoundError,
         NotLoggedInError,
         PermissionDeniedError,
+        QuotaExceededError,
         RateLimitError,
         RequestTimeoutError,
         SandboxNotRunningError,
+        SandboxPausedError,
         ServerError,
         TooLargeError,
         ToolArgumentError,
@@ -35,8 +40,10 @@ if TYPE_CHECKING:
         UnexpectedResponseError,
     )
     from e80_sdk.pending import Pending
+    from e80_sdk.records import AuditEntry, ExecInfo, SandboxEvent, Usage, UsageRow
     from e80_sdk.results import ExecChunk, ExecError, ExecResult, SandboxInfo
-    from e80_sdk.sandbox import AsyncSandbox, ExecStream, Sandbox
+    from e80_sdk.sandbox import AsyncSandbox, Sandbox
+    from e80_sdk.streams import ExecStream
 
 _HOMES = {
     "e80_sdk.app": ("Eighty80App", "eighty80_app"),
@@ -50,13 +57,18 @@ _HOMES = {
         "ConnectionLostError",
         "DiskFullError",
         "E80Error",
+        "ExecResultGoneError",
+        "IdempotencyConflictError",
+        "IdempotencyReplayedError",
         "NotAwaitedError",
         "NotFoundError",
         "NotLoggedInError",
         "PermissionDeniedError",
+        "QuotaExceededError",
         "RateLimitError",
         "RequestTimeoutError",
         "SandboxNotRunningError",
+        "SandboxPausedError",
         "ServerError",
         "ToolArgumentError",
         "TooLargeError",
@@ -64,14 +76,17 @@ _HOMES = {
         "UnexpectedResponseError",
     ),
     "e80_sdk.pending": ("Pending",),
+    "e80_sdk.records": ("AuditEntry", "ExecInfo", "SandboxEvent", "Usage", "UsageRow"),
     "e80_sdk.results": ("ExecChunk", "ExecError", "ExecResult", "SandboxInfo"),
-    "e80_sdk.sandbox": ("AsyncSandbox", "ExecStream", "Sandbox"),
+    "e80_sdk.sandbox": ("AsyncSandbox", "Sandbox"),
+    "e80_sdk.streams": ("ExecStream",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "AsyncEighty80",
     "AsyncSandbox",
+    "AuditEntry",
     "AuthenticationError",
     "BadRequestError",
     "ConfigError",
@@ -84,23 +99,32 @@ __all__ = [
     "Eighty80App",
     "ExecChunk",
     "ExecError",
+    "ExecInfo",
     "ExecResult",
+    "ExecResultGoneError",
     "ExecStream",
+    "IdempotencyConflictError",
+    "IdempotencyReplayedError",
     "NotAwaitedError",
     "NotFoundError",
     "NotLoggedInError",
     "Pending",
     "PermissionDeniedError",
+    "QuotaExceededError",
     "RateLimitError",
     "RequestTimeoutError",
     "Sandbox",
+    "SandboxEvent",
     "SandboxInfo",
     "SandboxNotRunningError",
+    "SandboxPausedError",
     "ServerError",
     "TooLargeError",
     "ToolArgumentError",
     "UnavailableError",
     "UnexpectedResponseError",
+    "Usage",
+    "UsageRow",
     "eighty80_app",
 ]
 

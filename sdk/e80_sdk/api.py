@@ -1,42 +1,45 @@
-"""The asynchronous core: one coroutine per operation of the REST API. Every face of the SDK and the CLI
-stands on it."""
+"""The asynchronous core: one coroutine per operation on sandboxes and their files. Every face of the SDK and
+the CLI stands on it."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
-from e80_sdk.errors import BadRequestError, ConnectionLostError, E80Error
-from e80_sdk.options import SandboxOptions, sandbox_body
+from e80_sdk.errors import E80Error
+from e80_sdk.execs import ExecApi
+from e80_sdk.history import HistoryApi
+from e80_sdk.options import SandboxChanges, SandboxOptions, changes_body, sandbox_body
+from e80_sdk.paging import pages
+from e80_sdk.paths import sandbox_path
 from e80_sdk.pending import undisturbed
-from e80_sdk.results import ExecResult, SandboxInfo
+from e80_sdk.results import SandboxInfo
 from e80_sdk.transport import Content, Params, Request, Transport
 
 CREATE_TIMEOUT_S = 300.0
 """A cold create may have to fetch an image."""
 FILE_TIMEOUT_S = 120.0
 """The longest silence in a file transfer."""
-EXEC_SILENCE_S = 3600.0
-"""The longest exec that is waited for when the caller gave no `timeout_s`; the server's own limit ends it
-long before."""
-EXEC_GRACE_S = 30.0
-"""What the server may need beyond the exec's own timeout to end it and answer."""
 ABANDON_S = 15.0
 """How long a create that was cancelled is waited for, to stop its sandbox."""
-PAGE_SIZE = 100
 _log = logging.getLogger("e80_sdk")
-_ID = re.compile(r"[A-Za-z0-9_-]+")
 
 
 class SandboxApi:
-    """Operations on sandboxes by id."""
+    """Operations on sandboxes by id.
+
+    Attributes:
+        execs: Running programs, and what ran.
+        history: Events, usage, audit log.
+    """
 
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
+        self.execs = ExecApi(transport)
+        self.history = HistoryApi(transport)
 
     async def create(self, options: SandboxOptions) -> SandboxInfo:
         """Create a sandbox; returns when it runs.
@@ -48,7 +51,7 @@ class SandboxApi:
             "POST",
             "/v1/sandboxes",
             body=sandbox_body(options),
-            idempotency_key=True,
+            idempotency_key=options.get("idempotency_key") or True,
             timeout_s=CREATE_TIMEOUT_S,
         )
         creating = asyncio.get_running_loop().create_task(self.transport.send(request))
@@ -70,63 +73,50 @@ class SandboxApi:
         except E80Error as exc:
             _log.warning("a sandbox whose create was cancelled may run on until its timeout: %s", exc)
 
-    async def list(self, *, status: str | None = None, limit: int | None = None) -> list[SandboxInfo]:
-        """Sandboxes of the project, newest first, over all pages; alive ones unless `status` says
-        otherwise."""
-        bodies = self.pages("/v1/sandboxes", {} if status is None else {"status": status}, limit=limit)
-        return [SandboxInfo.from_body(body) async for body in bodies]
+    async def list(
+        self,
+        *,
+        status: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        limit: int | None = None,
+    ) -> list[SandboxInfo]:
+        """Sandboxes of the project that have all of these labels, newest first, over all pages; alive ones
+        unless `status` says otherwise."""
+        params: dict[str, str | int | list[str]] = {} if status is None else {"status": status}
+        if labels:
+            params["label"] = [f"{name}={value}" for name, value in labels.items()]
+        return [
+            SandboxInfo.from_body(body) async for body in self.pages("/v1/sandboxes", params, limit=limit)
+        ]
 
-    async def pages(
-        self, path: str, params: Params, *, limit: int | None = None
-    ) -> AsyncGenerator[dict[str, Any]]:
+    def pages(self, path: str, params: Params, *, limit: int | None = None) -> AsyncGenerator[dict[str, Any]]:
         """Every item of a list of the API, page after page, at most `limit`."""
-        left, after = limit, ""
-        while left is None or left > 0:
-            size = PAGE_SIZE if left is None else min(left, PAGE_SIZE)
-            query = {**params, "limit": size} | ({"after": after} if after else {})
-            page = await self.transport.send(Request("GET", path, params=query, idempotent=True))
-            items = [item for item in page.get("data", []) if isinstance(item, dict)]
-            for item in items:
-                yield item
-            after = str(page.get("last_id") or "")
-            left = None if left is None else left - len(items)
-            if not page.get("has_more") or not after or not items:
-                return
+        return pages(self.transport, path, params, limit=limit)
 
     async def get(self, sandbox_id: str) -> SandboxInfo:
         """One sandbox, alive or not."""
-        return SandboxInfo.from_body(
-            await self.transport.send(Request("GET", _path(sandbox_id), idempotent=True))
-        )
+        return await self._ask("GET", sandbox_path(sandbox_id))
 
     async def stop(self, sandbox_id: str) -> SandboxInfo:
         """End a sandbox; one that has ended already is no error."""
-        path = f"{_path(sandbox_id)}/stop"
+        return await self._ask("POST", f"{sandbox_path(sandbox_id)}/stop", {})
+
+    async def pause(self, sandbox_id: str) -> SandboxInfo:
+        """Halt what runs in a sandbox and keep its memory; one that is paused already is no error."""
+        return await self._ask("POST", f"{sandbox_path(sandbox_id)}/pause", {})
+
+    async def resume(self, sandbox_id: str) -> SandboxInfo:
+        """Let a paused sandbox go on; one that runs is no error."""
+        return await self._ask("POST", f"{sandbox_path(sandbox_id)}/resume", {})
+
+    async def update(self, sandbox_id: str, changes: SandboxChanges) -> SandboxInfo:
+        """Change a sandbox that is alive."""
+        return await self._ask("PATCH", sandbox_path(sandbox_id), changes_body(changes))
+
+    async def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> SandboxInfo:
+        # Twice does what once does: every one of these names the state that is wanted.
         return SandboxInfo.from_body(
-            await self.transport.send(Request("POST", path, body={}, idempotent=True))
-        )
-
-    async def exec(self, sandbox_id: str, body: Mapping[str, Any]) -> ExecResult:
-        """Run code or a command to its end."""
-        return ExecResult.from_body(await self.transport.send(_exec_request(sandbox_id, body)))
-
-    async def exec_events(self, sandbox_id: str, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any]]:
-        """Run code or a command and yield its events; the last one is `exec.completed`.
-
-        Raises:
-            ConnectionLostError: The stream ended before the result.
-        """
-        exec_id = None
-        async with self.transport.events(_exec_request(sandbox_id, {**body, "stream": True})) as events:
-            async for event in events:
-                if event.get("type") == "exec.started":
-                    exec_id = (event.get("exec") or {}).get("id")
-                yield event
-                if event.get("type") == "exec.completed":
-                    return
-        raise ConnectionLostError(
-            f"the output of exec {exec_id or '(not started)'} in {sandbox_id} ended before its result; "
-            "whether it finished is unknown"
+            await self.transport.send(Request(method, path, body=body, idempotent=True))
         )
 
     async def read_file(self, sandbox_id: str, path: str) -> bytes:
@@ -141,7 +131,7 @@ class SandboxApi:
         """A file to be read in pieces: its size, where the server says it, and the pieces."""
         request = Request(
             "GET",
-            f"{_path(sandbox_id)}/files",
+            f"{sandbox_path(sandbox_id)}/files",
             params={"path": path},
             idempotent=True,
             timeout_s=FILE_TIMEOUT_S,
@@ -154,30 +144,16 @@ class SandboxApi:
 
     async def write_file(self, sandbox_id: str, path: str, content: Content) -> int:
         """Write a file; returns its size. `content` may be a function that makes an async iterator of
-        bytes."""
+        bytes, anew each time it is called: the file is sent again when the connection breaks."""
         answer = await self.transport.send(
             Request(
                 "PUT",
-                f"{_path(sandbox_id)}/files",
+                f"{sandbox_path(sandbox_id)}/files",
                 params={"path": path},
                 content=content,
+                idempotent=True,
                 timeout_s=FILE_TIMEOUT_S,
             )
         )
         size = answer.get("size")
         return size if isinstance(size, int) else 0
-
-
-def _exec_request(sandbox_id: str, body: Mapping[str, Any]) -> Request:
-    timeout_s = body.get("timeout_s")
-    wait_s = timeout_s + EXEC_GRACE_S if isinstance(timeout_s, int | float) else EXEC_SILENCE_S
-    return Request("POST", f"{_path(sandbox_id)}/exec", body=body, idempotency_key=True, timeout_s=wait_s)
-
-
-def _path(sandbox_id: str) -> str:
-    # An empty id or one with a slash would name another resource.
-    if not _ID.fullmatch(sandbox_id):
-        raise BadRequestError(
-            f"{sandbox_id!r:.100} is not a sandbox id; `8080 sandbox list` shows them", param="sandbox_id"
-        )
-    return f"/v1/sandboxes/{sandbox_id}"

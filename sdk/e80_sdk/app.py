@@ -11,11 +11,11 @@ from typing import Any, ParamSpec, TypeVar, Unpack, overload
 from fastapi import FastAPI, Request
 from fastapi.routing import APIRoute
 
+from e80_sdk.blocks import SandboxBlock
 from e80_sdk.client import Eighty80
 from e80_sdk.errors import ToolArgumentError
 from e80_sdk.options import SandboxOptions
 from e80_sdk.pending import settle
-from e80_sdk.sandbox import SandboxBlock
 from e80_sdk.tools import Tool, make_tool
 
 P = ParamSpec("P")

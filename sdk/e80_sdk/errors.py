@@ -56,8 +56,8 @@ class ConnectionFailedError(E80Error):
 
 
 class ConnectionLostError(E80Error):
-    """The connection broke after the request was sent, or a stream ended before its result: what the server
-    did is unknown."""
+    """The connection broke after the request was sent, or a stream ended before its result, and it could not
+    be taken up again: what the server did is unknown."""
 
     default_code = "connection_lost"
 
@@ -110,6 +110,31 @@ class SandboxNotRunningError(ConflictError):
     default_code = "sandbox_not_running"
 
 
+class SandboxPausedError(ConflictError):
+    """409: the sandbox is paused; `resume()` it. What ran in it goes on then."""
+
+    default_code = "sandbox_paused"
+
+
+class IdempotencyConflictError(ConflictError):
+    """409: this idempotency key was used before, for something else. Nothing was done."""
+
+    default_code = "idempotency_conflict"
+
+
+class IdempotencyReplayedError(ConflictError):
+    """409: this was done already, under the same idempotency key, and its answer is shown only once; the
+    message names what was made."""
+
+    default_code = "idempotency_replayed"
+
+
+class ExecResultGoneError(ConflictError):
+    """409: the program ran, once, and its output is no longer kept. It was not run again."""
+
+    default_code = "exec_result_gone"
+
+
 class DiskFullError(E80Error):
     """507: the sandbox's workspace is full."""
 
@@ -127,6 +152,12 @@ class RateLimitError(E80Error):
 
     default_code = "rate_limited"
     retry_after_s: float | None = None
+
+
+class QuotaExceededError(RateLimitError):
+    """429: the project, or the server, has as many sandboxes or as much of something as it may have."""
+
+    default_code = "quota_exceeded"
 
 
 class ServerError(E80Error):
@@ -170,8 +201,16 @@ _BY_STATUS: dict[int, type[E80Error]] = {
 }
 _BY_CODE: dict[str, type[E80Error]] = {
     "sandbox_not_running": SandboxNotRunningError,
+    "sandbox_paused": SandboxPausedError,
+    "idempotency_conflict": IdempotencyConflictError,
+    "idempotency_replayed": IdempotencyReplayedError,
+    "exec_result_gone": ExecResultGoneError,
     "disk_full": DiskFullError,
+    "quota_exceeded": QuotaExceededError,
+    "too_many_sandboxes": QuotaExceededError,
 }
+# An error at the end of a stream comes without its status.
+_UNAVAILABLE = ("unavailable", "interrupted", "store_unavailable", "engine_unavailable", "agent_unreachable")
 
 
 def error_from_body(
@@ -187,7 +226,7 @@ def error_from_body(
         )
     code = _text(error.get("code"))
     by_status = _BY_STATUS.get(status, ServerError if status >= 500 else E80Error)
-    cls = _BY_CODE.get(code or "", by_status)
+    cls = _BY_CODE.get(code or "", UnavailableError if status == 500 and code in _UNAVAILABLE else by_status)
     made = cls(
         str(error.get("message") or f"the server answered {status}"),
         code=code,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from e80_sdk.results import ExecChunk
@@ -13,7 +14,10 @@ OnChunk = Callable[[ExecChunk], Awaitable[None] | None]
 
 
 class SandboxOptions(TypedDict, total=False):
-    """Options of create; whatever is left out is decided by the server."""
+    """Options of create; whatever is left out is decided by the server.
+
+    `idempotency_key` is one of your own, for a create that may be repeated by another process too.
+    """
 
     image: str
     cpu_mhz: int
@@ -21,10 +25,23 @@ class SandboxOptions(TypedDict, total=False):
     disk_size_mb: int
     gpu_count: int
     timeout_s: float | None
+    idle_timeout_s: float | None
     labels: Mapping[str, str]
     env: Mapping[str, str]
     network: Mapping[str, Any]
     project: str
+    idempotency_key: str
+
+
+class SandboxChanges(TypedDict, total=False):
+    """What can be changed in a sandbox that is alive; whatever is left out stays as it is."""
+
+    timeout_s: float | None
+    idle_timeout_s: float | None
+    labels: Mapping[str, str]
+    network: Mapping[str, Any]
+    cpu_mhz: int
+    memory_size_mb: int
 
 
 class ExecOptions(TypedDict, total=False):
@@ -36,6 +53,7 @@ class ExecOptions(TypedDict, total=False):
     timeout_s: float
     on_stdout: OnChunk
     on_stderr: OnChunk
+    idempotency_key: str
 
 
 class PythonOptions(ExecOptions, total=False):
@@ -51,11 +69,31 @@ def sandbox_body(options: SandboxOptions) -> dict[str, Any]:
         TypeError: An option does not exist.
     """
     _check_names("sandbox", options, SandboxOptions)
-    return dict(options)
+    return {name: value for name, value in options.items() if name != "idempotency_key"}
 
 
-def python_body(code: str, options: PythonOptions) -> tuple[dict[str, Any], _Callbacks]:
-    """The body of an exec of Python code, and the callbacks that came with the options.
+def changes_body(changes: SandboxChanges) -> dict[str, Any]:
+    """The body of an update.
+
+    Raises:
+        TypeError: Such a change does not exist.
+    """
+    _check_names("update", changes, SandboxChanges)
+    return dict(changes)
+
+
+@dataclass(frozen=True)
+class Program:
+    """What is to be run: the body of the request, the caller's own idempotency key, and who wants to see
+    output as it comes."""
+
+    body: dict[str, Any]
+    key: str | None
+    on_chunk: OnChunk | None
+
+
+def python_program(code: str, options: PythonOptions) -> Program:
+    """An exec of Python code.
 
     Raises:
         TypeError: The code is not text or an option does not exist.
@@ -63,11 +101,11 @@ def python_body(code: str, options: PythonOptions) -> tuple[dict[str, Any], _Cal
     if not isinstance(code, str):
         raise TypeError(f"code must be text (str), not {type(code).__name__}")
     _check_names("run_python", options, PythonOptions)
-    return {"code": str(code), "language": "python", **_plain(options)}, _Callbacks(options)
+    return _program({"code": str(code), "language": "python"}, options)
 
 
-def command_body(command: str | Sequence[str], options: ExecOptions) -> tuple[dict[str, Any], _Callbacks]:
-    """The body of an exec of a command: text goes to `bash -lc`, a sequence is the argument vector.
+def command_program(command: str | Sequence[str], options: ExecOptions) -> Program:
+    """An exec of a command: text goes to `bash -lc`, a sequence is the argument vector.
 
     Raises:
         TypeError: The command is neither, or an option does not exist.
@@ -76,27 +114,21 @@ def command_body(command: str | Sequence[str], options: ExecOptions) -> tuple[di
     if not isinstance(argv, list | tuple) or not all(isinstance(word, str) for word in argv):
         raise TypeError(f"command must be text or a list of texts, not {command!r:.100}")
     _check_names("run", options, ExecOptions)
-    return {"command": command if isinstance(command, str) else list(argv), **_plain(options)}, _Callbacks(
-        options
-    )
+    return _program({"command": command if isinstance(command, str) else list(argv)}, options)
 
 
-class _Callbacks:
-    """Who wants to see output as it comes."""
-
-    def __init__(self, options: ExecOptions) -> None:
-        self._wanted = {"stdout": options.get("on_stdout"), "stderr": options.get("on_stderr")}
-
-    def __bool__(self) -> bool:
-        return any(self._wanted.values())
-
-    def __call__(self, chunk: ExecChunk) -> Awaitable[None] | None:
-        wanted = self._wanted[chunk.stream]
-        return wanted(chunk) if wanted else None
+_OURS = ("on_stdout", "on_stderr", "idempotency_key")
 
 
-def _plain(options: ExecOptions) -> dict[str, Any]:
-    return {key: value for key, value in options.items() if key not in ("on_stdout", "on_stderr")}
+def _program(body: dict[str, Any], options: ExecOptions) -> Program:
+    plain = {name: value for name, value in options.items() if name not in _OURS}
+    wanted = {"stdout": options.get("on_stdout"), "stderr": options.get("on_stderr")}
+
+    def on_chunk(chunk: ExecChunk) -> Awaitable[None] | None:
+        call = wanted[chunk.stream]
+        return call(chunk) if call else None
+
+    return Program(body | plain, options.get("idempotency_key"), on_chunk if any(wanted.values()) else None)
 
 
 def _check_names(what: str, options: Mapping[str, Any], known: Any) -> None:

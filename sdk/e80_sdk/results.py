@@ -34,7 +34,7 @@ class ExecResult(str):
         stdout: Standard output.
         stderr: Standard error.
         exit_code: Exit code, or None when a signal ended it.
-        status: `completed`, `failed`, `timed_out`, `killed`, `oom` or `lost`.
+        status: `completed`, `failed`, `timed_out`, `killed`, `oom` or `lost`; from `get_exec` also `running`.
         signal: Name of the signal that ended it, or None.
         error: The exception that ended the program, or None.
         duration_ms: How long it ran.
@@ -134,6 +134,7 @@ class SandboxInfo:
     labels: dict[str, str] = field(default_factory=dict)
     env: list[str] = field(default_factory=list)
     timeout_s: float | None = None
+    idle_timeout_s: float | None = None
     created_at: float | None = None
     started_at: float | None = None
     last_active_at: float | None = None

@@ -4,30 +4,31 @@ here."""
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
 from contextlib import aclosing
 from types import TracebackType
-from typing import Any, Literal, NoReturn, Self, Unpack, overload
+from typing import Literal, Self, Unpack, overload
 
 from e80_sdk.api import SandboxApi
-from e80_sdk.errors import ConflictError, E80Error, NotFoundError, UnexpectedResponseError
+from e80_sdk.errors import ConflictError, E80Error, NotFoundError
+from e80_sdk.execs import OUTPUT_EVENTS
 from e80_sdk.options import (
     ExecOptions,
-    OnChunk,
+    Program,
     PythonOptions,
-    SandboxOptions,
-    command_body,
-    python_body,
-    sandbox_body,
+    SandboxChanges,
+    changes_body,
+    command_program,
+    python_program,
 )
 from e80_sdk.pending import Calls, Emit, Pending, undisturbed
 from e80_sdk.portal import Portal
+from e80_sdk.records import ExecInfo, SandboxEvent
 from e80_sdk.results import ExecChunk, ExecResult, SandboxInfo
+from e80_sdk.streams import ExecStream, iterate, result_of
 
 STOP_TIMEOUT_S = 20.0
-_OUTPUT = ("exec.stdout.delta", "exec.stderr.delta")
 _log = logging.getLogger("e80_sdk")
 
 
@@ -72,7 +73,8 @@ class AsyncSandbox(_Facts):
             code: The program.
             stream: Makes the `Pending` iterable with `async for`, chunk by chunk.
             options: `cwd`, `env`, `stdin`, `timeout_s`, `fresh` (a new interpreter instead of a fork),
-                `on_stdout` and `on_stderr` (called with each `ExecChunk`; may be coroutine functions).
+                `on_stdout` and `on_stderr` (called with each `ExecChunk`; may be coroutine functions),
+                `idempotency_key` (your own: the same key never runs it twice).
 
         Returns:
             A `Pending[ExecResult]`. A program that fails is a result, not an error.
@@ -81,16 +83,14 @@ class AsyncSandbox(_Facts):
             E80Error: When awaited: the platform failed.
             TypeError: The code is not text or an option does not exist.
         """
-        body, callbacks = python_body(code, options)
-        return self._exec("run_python", body, callbacks if callbacks else None, stream)
+        return self._exec("run_python", python_program(code, options), stream)
 
     def run(
         self, command: str | Sequence[str], *, stream: bool = False, **options: Unpack[ExecOptions]
     ) -> Pending[ExecResult]:
         """Run a command: text goes to `bash -lc`, a list is the argument vector. Otherwise as
         `run_python`."""
-        body, callbacks = command_body(command, options)
-        return self._exec("run", body, callbacks if callbacks else None, stream)
+        return self._exec("run", command_program(command, options), stream)
 
     def read_file(self, path: str) -> Pending[bytes]:
         """Read a file of the sandbox."""
@@ -102,6 +102,42 @@ class AsyncSandbox(_Facts):
         return self._calls.start(
             "write_file", lambda: self._api.write_file(self.id, path, content), write=True
         )
+
+    def pause(self) -> Pending[SandboxInfo]:
+        """Halt what runs in it and keep its memory. Calls made after it wait for it."""
+        return self._calls.start("pause", lambda: self._told(self._api.pause(self.id)), write=True)
+
+    def resume(self) -> Pending[SandboxInfo]:
+        """Let what was halted go on. Calls made after it wait for it."""
+        return self._calls.start("resume", lambda: self._told(self._api.resume(self.id)), write=True)
+
+    def update(self, **changes: Unpack[SandboxChanges]) -> Pending[SandboxInfo]:
+        """Change it while it is alive. Calls made after it wait for it.
+
+        Args:
+            changes: `timeout_s` (from now on; None for no end), `idle_timeout_s` (None for none), `labels`
+                (in place of those it has), `network`, `cpu_mhz`, `memory_size_mb`.
+
+        Raises:
+            TypeError: Such a change does not exist.
+            E80Error: When awaited: the server refused.
+        """
+        changes_body(changes)  # a misspelt one fails here, where it was written
+        return self._calls.start("update", lambda: self._told(self._api.update(self.id, changes)), write=True)
+
+    def execs(self, *, limit: int | None = None) -> Pending[list[ExecInfo]]:
+        """What ran and runs in it, newest first."""
+        return self._calls.start("execs", lambda: self._api.execs.list(self.id, limit=limit))
+
+    def get_exec(self, exec_id: str) -> Pending[ExecResult]:
+        """One exec of it, with its output where the sandbox still has it."""
+        return self._calls.start("get_exec", lambda: self._api.execs.get(self.id, exec_id))
+
+    def events(
+        self, *, follow: bool = False, after: str | None = None, limit: int | None = None
+    ) -> AsyncIterator[SandboxEvent]:
+        """Its events, to be iterated with `async for`; see `Eighty80.events`."""
+        return self._api.history.events(follow=follow, sandbox_id=self.id, after=after, limit=limit)
 
     def stop(self) -> Pending[None]:
         """End the sandbox. What still runs in it is killed."""
@@ -133,29 +169,32 @@ class AsyncSandbox(_Facts):
     async def _stop(self) -> None:
         self.info = await self._api.stop(self.id)
 
-    def _exec(
-        self, label: str, body: dict[str, Any], callback: OnChunk | None, stream: bool
-    ) -> Pending[ExecResult]:
-        if stream:
-            return self._calls.start_stream(label, lambda emit: self._follow(body, callback, emit))
-        if callback is not None:
-            return self._calls.start(label, lambda: self._follow(body, callback, None))
-        return self._calls.start(label, lambda: self._api.exec(self.id, body))
+    async def _told(self, answer: Awaitable[SandboxInfo]) -> SandboxInfo:
+        self.info = await answer
+        return self.info
 
-    async def _follow(self, body: dict[str, Any], callback: OnChunk | None, emit: Emit | None) -> ExecResult:
+    def _exec(self, label: str, program: Program, stream: bool) -> Pending[ExecResult]:
+        if stream:
+            return self._calls.start_stream(label, lambda emit: self._follow(program, emit))
+        if program.on_chunk is not None:
+            return self._calls.start(label, lambda: self._follow(program, None))
+        execs = self._api.execs
+        return self._calls.start(label, lambda: execs.run(self.id, program.body, key=program.key))
+
+    async def _follow(self, program: Program, emit: Emit | None) -> ExecResult:
         result = None
-        async with aclosing(self._api.exec_events(self.id, body)) as events:
+        async with aclosing(self._api.execs.events(self.id, program.body, key=program.key)) as events:
             async for event in events:
                 kind = event.get("type")
-                if kind in _OUTPUT:
+                if kind in OUTPUT_EVENTS:
                     chunk = ExecChunk.from_event(event)
-                    if callback is not None and isinstance(called := callback(chunk), Awaitable):
+                    if program.on_chunk and isinstance(called := program.on_chunk(chunk), Awaitable):
                         await called
                     if emit is not None:
                         await emit(chunk)
                 elif kind == "exec.completed":
-                    result = _result_of(event)
-        assert result is not None  # exec_events raises when the stream ends without it
+                    result = result_of(event)
+        assert result is not None  # events() raises when the stream ends without it
         return result
 
 
@@ -186,7 +225,8 @@ class Sandbox(_Facts):
             code: The program.
             stream: Return an `ExecStream` to iterate, chunk by chunk, instead of the result.
             options: `cwd`, `env`, `stdin`, `timeout_s`, `fresh` (a new interpreter instead of a fork),
-                `on_stdout` and `on_stderr` (called with each `ExecChunk`, in the calling thread).
+                `on_stdout` and `on_stderr` (called with each `ExecChunk`, in the calling thread),
+                `idempotency_key` (your own: the same key never runs it twice).
 
         Returns:
             An `ExecResult`. A program that fails is a result, not an error.
@@ -195,8 +235,7 @@ class Sandbox(_Facts):
             E80Error: The platform failed.
             TypeError: The code is not text or an option does not exist.
         """
-        body, callbacks = python_body(code, options)
-        return self._exec(body, callbacks if callbacks else None, stream)
+        return self._exec(python_program(code, options), stream)
 
     @overload
     def run(
@@ -212,8 +251,7 @@ class Sandbox(_Facts):
     ) -> ExecResult | ExecStream:
         """Run a command: text goes to `bash -lc`, a list is the argument vector. Otherwise as
         `run_python`."""
-        body, callbacks = command_body(command, options)
-        return self._exec(body, callbacks if callbacks else None, stream)
+        return self._exec(command_program(command, options), stream)
 
     def read_file(self, path: str) -> bytes:
         """Read a file of the sandbox."""
@@ -222,6 +260,53 @@ class Sandbox(_Facts):
     def write_file(self, path: str, data: bytes | str) -> int:
         """Write a file of the sandbox (text as UTF-8); returns its size."""
         return self._portal.call(self._api.write_file, self.id, path, _as_bytes(data))
+
+    def pause(self) -> SandboxInfo:
+        """Halt what runs in it and keep its memory. Pausing it again is no error.
+
+        Raises:
+            SandboxNotRunningError: It has ended.
+        """
+        self.info = self._portal.call(self._api.pause, self.id)
+        return self.info
+
+    def resume(self) -> SandboxInfo:
+        """Let what was halted go on. Resuming one that runs is no error.
+
+        Raises:
+            SandboxNotRunningError: It has ended.
+        """
+        self.info = self._portal.call(self._api.resume, self.id)
+        return self.info
+
+    def update(self, **changes: Unpack[SandboxChanges]) -> SandboxInfo:
+        """Change it while it is alive.
+
+        Args:
+            changes: `timeout_s` (from now on; None for no end), `idle_timeout_s` (None for none), `labels`
+                (in place of those it has), `network`, `cpu_mhz`, `memory_size_mb`.
+
+        Raises:
+            TypeError: Such a change does not exist.
+            E80Error: The server refused.
+        """
+        self.info = self._portal.call(self._api.update, self.id, changes)
+        return self.info
+
+    def execs(self, *, limit: int | None = None) -> list[ExecInfo]:
+        """What ran and runs in it, newest first."""
+        return self._portal.call(self._api.execs.list, self.id, limit=limit)
+
+    def get_exec(self, exec_id: str) -> ExecResult:
+        """One exec of it, with its output where the sandbox still has it."""
+        return self._portal.call(self._api.execs.get, self.id, exec_id)
+
+    def events(
+        self, *, follow: bool = False, after: str | None = None, limit: int | None = None
+    ) -> Iterator[SandboxEvent]:
+        """Its events; see `Eighty80.events`."""
+        found = self._api.history.events(follow=follow, sandbox_id=self.id, after=after, limit=limit)
+        return iterate(self._portal, found)
 
     def stop(self) -> None:
         """End the sandbox. What still runs in it is killed. Stopping it again is no error."""
@@ -235,131 +320,13 @@ class Sandbox(_Facts):
     ) -> None:
         self._portal.call(stop_quietly, self._api, self)
 
-    def _exec(self, body: dict[str, Any], callback: OnChunk | None, stream: bool) -> ExecResult | ExecStream:
-        if not stream and callback is None:
-            return self._portal.call(self._api.exec, self.id, body)
-        following = ExecStream(self._portal, self._api.exec_events(self.id, body), callback)
+    def _exec(self, program: Program, stream: bool) -> ExecResult | ExecStream:
+        execs = self._api.execs
+        if not stream and program.on_chunk is None:
+            return self._portal.call(execs.run, self.id, program.body, key=program.key)
+        events = execs.events(self.id, program.body, key=program.key)
+        following = ExecStream(self._portal, events, program.on_chunk)
         return following if stream else following.result()
-
-
-class ExecStream:
-    """A program's output as it arrives, for blocking callers: iterate it for `ExecChunk`s, then ask
-    `result()`."""
-
-    def __init__(
-        self, portal: Portal, events: AsyncGenerator[dict[str, Any]], callback: OnChunk | None = None
-    ) -> None:
-        self._portal = portal
-        self._events = events
-        self._callback = callback
-        self._result: ExecResult | None = None
-        self._ahead = self._next_event()  # starts the program, and raises here what keeps it from starting
-
-    def __iter__(self) -> Iterator[ExecChunk]:
-        while (event := self._take()) is not None:
-            if event.get("type") in _OUTPUT:
-                chunk = ExecChunk.from_event(event)
-                self._call_back(chunk)
-                yield chunk
-            elif event.get("type") == "exec.completed":
-                self._result = _result_of(event)
-
-    def result(self) -> ExecResult:
-        """The result; waits for the end of the program and drops output that was not iterated."""
-        try:
-            for _ in self:
-                pass
-        except BaseException:
-            self.close()
-            raise
-        if self._result is None:
-            raise E80Error("this stream was closed before its program ended", code="stream_closed")
-        return self._result
-
-    def close(self) -> None:
-        """Stop following the program."""
-        self._portal.call(self._events.aclose)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _take(self) -> dict[str, Any] | None:
-        event, self._ahead = self._ahead, None
-        return event if event is not None else self._next_event()
-
-    def _next_event(self) -> dict[str, Any] | None:
-        return self._portal.call(_next, self._events)
-
-    def _call_back(self, chunk: ExecChunk) -> None:
-        called = None if self._callback is None else self._callback(chunk)
-        if inspect.iscoroutine(called):
-            called.close()
-            raise TypeError(
-                "on_stdout and on_stderr must be plain functions here; use `async with` for coroutines"
-            )
-
-
-class AsyncSandboxBlock:
-    """What `sandbox(...)` gives: a sandbox that exists from entering the block to leaving it."""
-
-    def __init__(self, api: SandboxApi, options: SandboxOptions) -> None:
-        sandbox_body(options)  # a misspelt option fails here, where it was written
-        self._api = api
-        self._options = options
-        self._entered: AsyncSandbox | Sandbox | None = None
-
-    async def __aenter__(self) -> AsyncSandbox:
-        self._refuse_twice()
-        # Held here already, so that the connection of the create serves the calls as well.
-        async with self._api.transport.hold():
-            made = AsyncSandbox(self._api, await self._api.create(self._options))
-            self._entered = await made.__aenter__()
-        return made
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        entered, self._entered = self._entered, None
-        assert isinstance(entered, AsyncSandbox)
-        await entered.__aexit__(kind, error, trace)
-
-    def __getattr__(self, name: str) -> NoReturn:
-        raise AttributeError(
-            f"no sandbox yet to take .{name} from: enter it with `async with ...sandbox() as sandbox` or "
-            "`with ...sandbox() as sandbox`, or make one to stop yourself: `Eighty80().sandboxes.create()`"
-        )
-
-    def _refuse_twice(self) -> None:
-        if self._entered is not None:
-            raise RuntimeError(
-                "this sandbox() block is entered already; call sandbox() again for another sandbox"
-            )
-
-
-class SandboxBlock(AsyncSandboxBlock):
-    """A block that also works with plain `with`, where every call blocks."""
-
-    def __init__(self, api: SandboxApi, options: SandboxOptions, portal: Portal) -> None:
-        super().__init__(api, options)
-        self._portal = portal
-
-    def __enter__(self) -> Sandbox:
-        self._refuse_twice()
-        made = Sandbox(self._api, self._portal.call(self._api.create, self._options), self._portal)
-        self._entered = made
-        return made
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        entered, self._entered = self._entered, None
-        assert isinstance(entered, Sandbox)
-        entered.__exit__(kind, error, trace)
 
 
 async def stop_quietly(api: SandboxApi, sandbox: AsyncSandbox | Sandbox) -> None:
@@ -374,17 +341,6 @@ async def stop_quietly(api: SandboxApi, sandbox: AsyncSandbox | Sandbox) -> None
         pass  # it has ended by itself
     except (E80Error, TimeoutError) as exc:
         _log.warning("sandbox %s could not be stopped and ends by its own timeout: %s", sandbox.id, exc)
-
-
-async def _next(events: AsyncGenerator[dict[str, Any]]) -> dict[str, Any] | None:
-    return await anext(events, None)
-
-
-def _result_of(event: dict[str, Any]) -> ExecResult:
-    body = event.get("exec")
-    if not isinstance(body, dict):
-        raise UnexpectedResponseError("the event exec.completed holds no exec")
-    return ExecResult.from_body(body)
 
 
 def _as_bytes(data: bytes | str) -> bytes:

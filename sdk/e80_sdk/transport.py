@@ -7,14 +7,13 @@ import asyncio
 import email.utils
 import importlib
 import json
-import random
 import ssl
 import threading
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -31,32 +30,39 @@ from e80_sdk.errors import (
     UnexpectedResponseError,
     error_from_body,
 )
+from e80_sdk.retries import Attempts, Failure, OnWait, Patience
 
-__all__ = ["Request", "Transport"]
+__all__ = ["Call", "Request", "Transport"]
 
 # httpx2 loads these on its first request: 40 ms that would block a running event loop.
 for _name in ("anyio._backends._asyncio", "httpcore2._backends.anyio"):
     with suppress(ImportError):
         importlib.import_module(_name)
 
-Params = Mapping[str, str | int]
+Params = Mapping[str, str | int | list[str]]
 Content = bytes | Callable[[], AsyncIterable[bytes]]
 
 CONNECT_TIMEOUT_S = 5.0
 DEFAULT_TIMEOUT_S = 60.0
-MAX_WAIT_S = 30.0
 MAX_EVENT_BYTES = 256 * 1024 * 1024
 # Below the 5 s after which uvicorn closes an idle connection: a request must not meet a closing socket.
 KEEPALIVE_S = 3.0
 MAX_CONNECTIONS = 256
 
 
+# These end by themselves when a daemon restarts, and the code tells that nothing else is wrong.
+_RESTARTING = ("unavailable", "interrupted")
+_BUSY = ("store_unavailable", "engine_unavailable", "agent_unreachable")
+
+
 @dataclass(frozen=True)
 class Request:
     """One request, and what may be done with it.
 
-    `idempotent` says that sending it twice does no harm. `content` may be a function that makes the body
-    anew, so that a retry can send it again.
+    `idempotent` says that sending it twice does no harm; a request with an `idempotency_key` (one of its own,
+    or True for a new one) may be sent twice too, because the server knows it again. `content` may be a
+    function that makes the body anew, so that a retry can send it again. `lasting` says that the answer may
+    take long by itself.
     """
 
     method: str
@@ -65,9 +71,16 @@ class Request:
     body: Mapping[str, Any] | None = None
     content: Content | None = None
     idempotent: bool = False
-    idempotency_key: bool = False
+    idempotency_key: bool | str = False
     anonymous: bool = False
+    lasting: bool = False
     timeout_s: float | None = DEFAULT_TIMEOUT_S
+    patience_s: float | None = None
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether it may be sent again after it may have arrived."""
+        return self.idempotent or bool(self.idempotency_key)
 
 
 @dataclass
@@ -87,12 +100,18 @@ class Transport:
         self,
         connection: Connection,
         *,
-        max_retries: int = 7,
+        patience: Patience | None = None,
+        on_wait: OnWait | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`on_wait` is called before each pause, with the error and the seconds of patience left."""
         self.connection = connection
-        self._max_retries = max_retries
+        self.answered = False
+        self._patience = patience or Patience()
+        self._on_wait = on_wait
         self._sleep = sleep
+        self._clock = clock
         self._pools: WeakKeyDictionary[asyncio.AbstractEventLoop, _Pool] = WeakKeyDictionary()
         self._lock = threading.Lock()
 
@@ -110,14 +129,41 @@ class Transport:
         """Undo one `acquire()`; the last one closes the connections."""
         await self._leave()
 
+    def call(self, request: Request) -> Call:
+        """One logical call, however many attempts it takes: all of them carry the same key.
+
+        Raises:
+            NotLoggedInError: There is no API key.
+        """
+        patience = self._patience
+        if request.patience_s is not None:
+            patience = replace(patience, total_s=min(request.patience_s, patience.total_s))
+        attempts = Attempts(
+            patience,
+            sleep=self._sleep,
+            clock=self._clock,
+            on_wait=self._on_wait,
+            lasting=request.lasting,
+        )
+        return Call(self, request, self._headers(request), attempts)
+
     async def send(self, request: Request) -> dict[str, Any]:
         """Send a request and return the JSON object of the answer.
 
         Raises:
             E80Error: The class says what happened.
         """
-        async with self.open(request) as response:
-            raw = await _read(response)
+        call = self.call(request)
+        async with self._client() as client:
+            while True:
+                response = await call.answer(client)
+                try:
+                    raw = await response.aread()
+                    break
+                except httpx2.RequestError as exc:
+                    await call.again(_failure(exc, request, sent=True))
+                finally:
+                    await response.aclose()
         try:
             body = json.loads(raw)
         except ValueError:
@@ -133,26 +179,16 @@ class Transport:
 
     @asynccontextmanager
     async def open(self, request: Request) -> AsyncGenerator[httpx2.Response]:
-        """Send a request and give its answer unread, to be streamed; errors and retries as in `send`."""
-        headers = self._headers(request)
+        """Send a request and give its answer unread, to be streamed. What fails before the answer begins is
+        retried as in `send`; what fails later is not, because the caller has a part of it already."""
         async with self._client() as client:
-            response = await self._send_with_retries(client, request, headers)
+            response = await self.call(request).answer(client)
             try:
                 yield response
             except httpx2.RequestError as exc:
-                raise _broken(exc, request, sent=True) from exc
+                raise _failure(exc, request, sent=True).error from exc
             finally:
                 await response.aclose()
-
-    @asynccontextmanager
-    async def events(self, request: Request) -> AsyncGenerator[AsyncGenerator[dict[str, Any]]]:
-        """Send a request that is answered by server-sent events; gives the decoded events."""
-        async with self.open(request) as response:
-            events = _events(response, request)
-            try:
-                yield events
-            finally:
-                await events.aclose()
 
     def _headers(self, request: Request) -> dict[str, str]:
         # Uncompressed: Content-Length is then the size of a file, also behind a proxy that likes to compress.
@@ -162,56 +198,9 @@ class Transport:
                 raise NotLoggedInError(self.connection.missing_key())
             headers["Authorization"] = f"Bearer {self.connection.api_key}"
         if request.idempotency_key:
-            headers["Idempotency-Key"] = uuid.uuid4().hex
+            given = request.idempotency_key
+            headers["Idempotency-Key"] = given if isinstance(given, str) else uuid.uuid4().hex
         return headers
-
-    async def _send_with_retries(
-        self, client: httpx2.AsyncClient, request: Request, headers: dict[str, str]
-    ) -> httpx2.Response:
-        attempt, waited_s = 0, 0.0
-        while True:
-            delay_s: float | None
-            cause: Exception | None = None
-            try:
-                response = await client.send(self._build(client, request, headers), stream=True)
-            except httpx2.RequestError as exc:
-                error, cause = _broken(exc, request, sent=not isinstance(exc, _NOTHING_SENT)), exc
-                delay_s = self._backoff(attempt) if _may_resend(exc, request) else None
-            else:
-                if response.is_success:
-                    return response
-                error = await _error_of(response)
-                delay_s = self._delay_after(response, request, attempt)
-            if delay_s is None or attempt >= self._max_retries or waited_s + delay_s > MAX_WAIT_S:
-                raise error from cause
-            attempt += 1
-            waited_s += delay_s
-            await self._sleep(delay_s)
-
-    def _build(self, client: httpx2.AsyncClient, request: Request, headers: dict[str, str]) -> httpx2.Request:
-        content = request.content() if callable(request.content) else request.content
-        return client.build_request(
-            request.method,
-            f"{self.connection.base_url}{request.path}",
-            params=request.params,
-            json=None if request.body is None else dict(request.body),
-            content=content,
-            headers=headers,
-            timeout=httpx2.Timeout(request.timeout_s, connect=CONNECT_TIMEOUT_S),
-        )
-
-    def _backoff(self, attempt: int) -> float:
-        return min(0.1 * float(2**attempt), 3.0) * random.uniform(0.8, 1.2)
-
-    def _delay_after(self, response: httpx2.Response, request: Request, attempt: int) -> float | None:
-        """How long to wait before sending it again, or None when it must not be."""
-        if response.status_code in (429, 503):
-            asked_s = _retry_after_s(response)
-            if asked_s is not None:
-                return asked_s
-        if request.idempotent and response.status_code in (502, 503, 504):
-            return self._backoff(attempt)
-        return None
 
     @asynccontextmanager
     async def _client(self) -> AsyncGenerator[httpx2.AsyncClient]:
@@ -241,6 +230,88 @@ class Transport:
         await pool.client.aclose()
 
 
+class Call:
+    """One logical call and its attempts. Made by `Transport.call`."""
+
+    def __init__(
+        self, transport: Transport, request: Request, headers: dict[str, str], attempts: Attempts
+    ) -> None:
+        self.request = request
+        self._transport = transport
+        self._headers = headers
+        self._attempts = attempts
+
+    async def answer(self, client: httpx2.AsyncClient) -> httpx2.Response:
+        """The head of a good answer, after as many attempts as it takes.
+
+        Raises:
+            E80Error: The class says what happened.
+        """
+        failed: Failure | None = None
+        while True:
+            try:
+                return await self._attempt(client, failed)
+            except Failure as failure:
+                failed = failure
+            await self.again(failed)
+
+    @asynccontextmanager
+    async def events(self) -> AsyncGenerator[AsyncGenerator[dict[str, Any]]]:
+        """The decoded server-sent events of one answer. Iterating raises `Failure` when the stream breaks or
+        ends in an error; `again` decides what then."""
+        async with self._transport._client() as client:
+            response = await self.answer(client)
+            events = _events(response, self.request)
+            try:
+                yield events
+            finally:
+                await events.aclose()
+                await response.aclose()
+
+    def follow(self, **params: str) -> None:
+        """Ask with these parameters from now on."""
+        self.request = replace(self.request, params={**(self.request.params or {}), **params})
+
+    def progress(self) -> None:
+        """Something new arrived: whatever trouble there was is over."""
+        self._attempts.progress()
+
+    async def again(self, failure: Failure) -> None:
+        """Pause before the next attempt, or raise the error of the failure."""
+        await self._attempts.again(failure, known=self._transport.answered)
+
+    async def _attempt(self, client: httpx2.AsyncClient, failed: Failure | None) -> httpx2.Response:
+        self._attempts.begin()
+        try:
+            built = self._build(client)
+        except E80Error as exc:
+            if failed is None:
+                raise
+            # The body cannot be made a second time, and that is the lesser part of the news.
+            raise _unrepeatable(failed.error, exc) from exc
+        try:
+            response = await client.send(built, stream=True)
+        except httpx2.RequestError as exc:
+            raise _failure(exc, self.request, sent=not isinstance(exc, _NOTHING_SENT)) from exc
+        self._transport.answered = True
+        if response.is_success:
+            return response
+        raise _refusal(response, await _error_of(response), self.request)
+
+    def _build(self, client: httpx2.AsyncClient) -> httpx2.Request:
+        request = self.request
+        content = request.content() if callable(request.content) else request.content
+        return client.build_request(
+            request.method,
+            f"{self._transport.connection.base_url}{request.path}",
+            params=request.params,
+            json=None if request.body is None else dict(request.body),
+            content=content,
+            headers=self._headers,
+            timeout=httpx2.Timeout(request.timeout_s, connect=CONNECT_TIMEOUT_S),
+        )
+
+
 _NOTHING_SENT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout, httpx2.UnsupportedProtocol)
 
 
@@ -258,34 +329,52 @@ def _new_client(base_url: str) -> httpx2.AsyncClient:
     )
 
 
-def _may_resend(exc: httpx2.RequestError, request: Request) -> bool:
-    if isinstance(exc, httpx2.ConnectError | httpx2.ConnectTimeout):
-        return True
-    return request.idempotent and isinstance(exc, httpx2.NetworkError | httpx2.RemoteProtocolError)
-
-
-def _broken(exc: httpx2.RequestError, request: Request, *, sent: bool) -> E80Error:
-    what = f"{request.method} {exc.request.url.scheme}://{exc.request.url.netloc.decode()}{request.path}"
+def _failure(exc: httpx2.RequestError, request: Request, *, sent: bool) -> Failure:
+    """What a request that got no whole answer means, and whether it may be sent again."""
+    server = f"{exc.request.url.scheme}://{exc.request.url.netloc.decode()}"
+    what = f"{request.method} {server}{request.path}"
     reason = str(exc) or type(exc).__name__
     if not sent:
-        server = f"{exc.request.url.scheme}://{exc.request.url.netloc.decode()}"
-        return ConnectionFailedError(
-            f"cannot reach the server at {server} ({reason}); is it running, and is the base URL right?"
+        message = f"cannot reach the server at {server} ({reason}); is it running, and is the base URL right?"
+        return Failure(
+            ConnectionFailedError(message),
+            resend=isinstance(exc, httpx2.ConnectError | httpx2.ConnectTimeout),
         )
     if isinstance(exc, httpx2.TimeoutException):
-        return RequestTimeoutError(f"no answer to {what} within {request.timeout_s:g} s")
-    return ConnectionLostError(
-        f"the connection broke during {what} ({reason}); whether it took effect is unknown"
-    )
+        # The time that the caller allowed is used up.
+        return Failure(
+            RequestTimeoutError(f"no answer to {what} within {request.timeout_s:g} s"), resend=False
+        )
+    message = f"the connection broke during {what} ({reason}); whether it took effect is unknown"
+    if not request.repeatable:
+        message += ", and it was not sent again because that could do it twice"
+    # An illegal answer comes from something that speaks no HTTP, and would come again.
+    broken = isinstance(exc, httpx2.NetworkError | httpx2.RemoteProtocolError) and "illegal" not in reason
+    return Failure(ConnectionLostError(message), resend=request.repeatable and broken, broken=True)
 
 
-async def _read(response: httpx2.Response) -> bytes:
-    return await response.aread()
+def _refusal(response: httpx2.Response, error: E80Error, request: Request) -> Failure:
+    """What an error answer means, and whether the request may be sent again."""
+    status, asked_s = response.status_code, _retry_after_s(response)
+    if status == 429:
+        return Failure(error, resend=asked_s is not None, asked_s=asked_s, busy=True)
+    # A gateway in front of a daemon that restarts has a body of its own.
+    busy = not isinstance(error, UnexpectedResponseError) and error.code not in _RESTARTING
+    if status == 503 and asked_s is not None:
+        # Whoever names a time to come back has not begun.
+        return Failure(error, resend=True, asked_s=asked_s, busy=busy)
+    return Failure(error, resend=request.repeatable and status in (502, 503, 504), busy=busy)
+
+
+def _unrepeatable(error: E80Error, reason: E80Error) -> E80Error:
+    error.message += f"; it was not sent again: {reason.message}"
+    error.args = (error.message,)
+    return error
 
 
 async def _error_of(response: httpx2.Response) -> E80Error:
     try:
-        body = json.loads(await _read(response))
+        body = json.loads(await response.aread())
     except (ValueError, httpx2.RequestError):
         body = None
     finally:
@@ -319,18 +408,27 @@ def _retry_after_s(response: httpx2.Response) -> float | None:
 
 async def _events(response: httpx2.Response, request: Request) -> AsyncGenerator[dict[str, Any]]:
     source = httpx2.EventSource(response, max_event_size=MAX_EVENT_BYTES)
-    async for event in source:
-        try:
-            data = event.json()
-        except ValueError:
-            data = None
-        if not isinstance(data, dict):
-            raise UnexpectedResponseError(
-                f"an event of {request.path} is not a JSON object", request_id=_request_id(response)
-            )
-        if data.get("type") == "error":
-            raise error_from_body(int(_status_in(data)), data, request_id=_request_id(response))
-        yield data
+    try:
+        async for event in source:
+            yield _decoded(event, response, request)
+    except httpx2.RequestError as exc:
+        raise _failure(exc, request, sent=True) from exc
+
+
+def _decoded(event: httpx2.ServerSentEvent, response: httpx2.Response, request: Request) -> dict[str, Any]:
+    try:
+        data = event.json()
+    except ValueError:
+        data = None
+    if not isinstance(data, dict):
+        raise UnexpectedResponseError(
+            f"an event of {request.path} is not a JSON object", request_id=_request_id(response)
+        )
+    if data.get("type") == "error":
+        error = error_from_body(int(_status_in(data)), data, request_id=_request_id(response))
+        passing = error.code in _RESTARTING or error.code in _BUSY
+        raise Failure(error, resend=request.repeatable and passing, busy=error.code in _BUSY, broken=True)
+    return data
 
 
 def _status_in(event: Mapping[str, Any]) -> int:

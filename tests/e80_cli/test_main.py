@@ -93,13 +93,13 @@ def test_not_logged_in_is_4(cli_alone: Cli, fake: FakeServer) -> None:
 
 
 def test_a_flag_beats_the_environment(cli: Cli, fake: FakeServer) -> None:
-    assert cli("--base-url", "http://127.0.0.1:1", "sandbox", "list").returncode == 1
+    assert cli("--patience-s", "0", "--base-url", "http://127.0.0.1:1", "sandbox", "list").returncode == 1
     assert cli("--api-key", "wrong", "sandbox", "list").returncode == 4
     assert cli("sandbox", "list").returncode == 0
 
 
 def test_a_server_that_is_down_is_1_and_says_what_to_do(cli: Cli) -> None:
-    done = cli("sandbox", "list", _8080_BASE_URL="http://127.0.0.1:1")
+    done = cli("--patience-s", "0", "sandbox", "list", _8080_BASE_URL="http://127.0.0.1:1")
     assert done.returncode == 1
     assert b"scripts/up" in done.stderr
 
@@ -180,6 +180,8 @@ def test_commands_load_only_what_they_need() -> None:
     heavy = {"asyncio", "httpx2", "rich", "fastapi", "anyio"}
     assert loaded("--help") & heavy == set()
     assert loaded("env") & heavy == set()
-    listing = loaded("--base-url", "http://127.0.0.1:1", "--api-key", "k", "sandbox", "list")
+    listing = loaded(
+        "--patience-s", "0", "--base-url", "http://127.0.0.1:1", "--api-key", "k", "sandbox", "list"
+    )
     assert "httpx2" in listing
     assert listing & {"rich", "fastapi"} == set()

@@ -129,7 +129,8 @@ def test_a_cut_stream_is_125(cli: Cli, fake: FakeServer) -> None:
     sandbox_id = create(cli)
     fake.cut_stream_after = 2
     for fake.cut_cleanly in (True, False):
-        done = cli("sandbox", "exec", sandbox_id, "--", "sh", "-c", "echo 1; sleep 0.1; echo 2")
+        command = ("sandbox", "exec", sandbox_id, "--", "sh", "-c", "echo 1; sleep 0.1; echo 2")
+        done = cli("--patience-s", "0", *command)
         assert (done.returncode, done.stdout) == (125, b"1\n")
 
 

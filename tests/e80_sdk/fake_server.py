@@ -8,25 +8,25 @@ does is tested against the real daemon.
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 import os
 import signal
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import anyio
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tests.e80_sdk.fake_execs import FakeExec, Piece, lines
+from tests.e80_sdk.fake_history import add_history, note, page
 
 API_KEY = "8080_live_" + "a" * 43 + "_bbbbbb"
 
@@ -44,7 +44,8 @@ class Seen:
 
 @dataclass
 class Fault:
-    """Answer matching requests so instead, `times` times."""
+    """Answer matching requests so instead, `times` times. With status 0 the connection is dropped without an
+    answer, `after` the work was done or before."""
 
     method: str
     path_end: str
@@ -52,6 +53,7 @@ class Fault:
     headers: dict[str, str] = field(default_factory=dict)
     body: Any = None
     times: int = 1
+    after: bool = False
 
 
 @dataclass
@@ -67,7 +69,23 @@ class FakeServer:
     keys: list[dict[str, Any]] = field(default_factory=list)
     checks: list[dict[str, Any]] = field(default_factory=list)
     programs: dict[int, asyncio.subprocess.Process] = field(default_factory=dict)
+    execs: dict[str, FakeExec] = field(default_factory=dict)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    audit: list[dict[str, Any]] = field(default_factory=list)
+    answers: dict[str, tuple[Any, dict[str, Any]]] = field(default_factory=dict)
+    """By idempotency key: the body that came with it, and the answer."""
+    started: int = 0
+    """Programs that were started."""
+    script: list[Piece] | None = None
+    """What every exec writes, instead of running anything."""
+    retry_grace_s: float = 0.3
+    """How long a program that nobody follows goes on."""
     create_delay_s: float = 0.0
+    cuts: list[tuple[int, str]] = field(default_factory=list)
+    """Break one stream each after so many events: `drop` the connection, `end` in good order, or end with an
+    error of that code."""
+    event_cuts: list[int] = field(default_factory=list)
+    """Drop one stream of sandbox events each, after so many events."""
     cut_stream_after: int | None = None
     """Break streams after that many events."""
     cut_cleanly: bool = False
@@ -108,8 +126,11 @@ def make_app(fake: FakeServer) -> ASGIApp:
         return {"status": "ok", "version": "0.0.0"}
 
     _add_sandboxes(app, fake)
+    _add_changes(app, fake)
     _add_work(app, fake)
+    _add_files(app, fake)
     _add_rest(app, fake)
+    add_history(app, fake)
     return _gate(app, fake)
 
 
@@ -122,7 +143,15 @@ def _gate(app: ASGIApp, fake: FakeServer) -> ASGIApp:
         raw = b"" if path.endswith("/files") else await request.body()
         body = json.loads(raw) if raw else None
         fake.seen.append(Seen(request.method, path, request.url.query, dict(request.headers), body))
-        answer = _fault_for(fake, request.method, path)
+        fault = _fault_for(fake, request.method, path)
+        if fault is not None and fault.status == 0:
+            if fault.after:
+                replay = [{"type": "http.request", "body": raw}] if raw else []
+                with suppress(ConnectionError):
+                    await app(scope, lambda: _next_message(replay, receive), _swallow)
+            send.__self__.transport.abort()  # type: ignore[attr-defined]  # what uvicorn passes
+            return
+        answer = None if fault is None else _answer_of(fault)
         if answer is None and path.startswith("/v1"):
             known = request.headers.get("authorization") == f"Bearer {fake.api_key}"
             answer = None if known else _error(401, "unauthorized", "unknown API key")
@@ -139,14 +168,22 @@ async def _next_message(replay: list[Message], receive: Receive) -> Message:
     return replay.pop() if replay else await receive()
 
 
-def _fault_for(fake: FakeServer, method: str, path: str) -> Response | None:
+async def _swallow(message: Message) -> None:
+    """An answer that gets lost."""
+
+
+def _fault_for(fake: FakeServer, method: str, path: str) -> Fault | None:
     for fault in fake.faults:
         if fault.times and fault.method == method and path.endswith(fault.path_end):
             fault.times -= 1
-            if fault.body is None:
-                return Response("gateway", fault.status, headers=fault.headers)
-            return JSONResponse(fault.body, fault.status, headers=fault.headers)
+            return fault
     return None
+
+
+def _answer_of(fault: Fault) -> Response:
+    if fault.body is None:
+        return Response("gateway", fault.status, headers=fault.headers)
+    return JSONResponse(fault.body, fault.status, headers=fault.headers)
 
 
 def _add_sandboxes(app: FastAPI, fake: FakeServer) -> None:
@@ -155,6 +192,10 @@ def _add_sandboxes(app: FastAPI, fake: FakeServer) -> None:
         body = await request.json()
         if "image" in body and body["image"] == "missing":
             return _error(400, "invalid_request", "there is no image 'missing'", param="image")
+        key = request.headers.get("idempotency-key", "")
+        if key in fake.answers:
+            known, answer = fake.answers[key]
+            return answer if known == body else _error(409, "idempotency_conflict", f"key {key!r} was used")
         sandbox_id = f"sbx_{len(fake.sandboxes):026d}"
         now = time.time()
         made = {"id": sandbox_id, "object": "sandbox", "status": "running", "termination_reason": None}
@@ -163,22 +204,30 @@ def _add_sandboxes(app: FastAPI, fake: FakeServer) -> None:
             "created_at": now,
             "expires_at": now + 300,
             "timeout_s": body.get("timeout_s", 300),
+            "idle_timeout_s": body.get("idle_timeout_s"),
             "new_field": 1,
         }
         fake.sandboxes[sandbox_id] = made
+        if key:
+            fake.answers[key] = (body, made)
+        note(fake, "created", sandbox_id)
         await asyncio.sleep(fake.create_delay_s)
         return made
 
     @app.get("/v1/sandboxes")
-    async def listing(status: str = "alive", limit: int = 20, after: str | None = None) -> dict[str, Any]:
-        found = [one for one in fake.sandboxes.values() if status == "all" or one["status"] == "running"][
-            ::-1
+    async def listing(
+        request: Request, status: str = "alive", limit: int = 20, after: str | None = None
+    ) -> Any:
+        wanted = [label.partition("=")[::2] for label in request.query_params.getlist("label")]
+        statuses = {"alive": ("running", "paused"), "all": ("running", "paused", "stopped")}.get(
+            status, (status,)
+        )
+        found = [
+            one
+            for one in fake.sandboxes.values()
+            if one["status"] in statuses and all(one["labels"].get(name) == value for name, value in wanted)
         ]
-        ids = [one["id"] for one in found]
-        start = ids.index(after) + 1 if after else 0
-        page = found[start : start + limit]
-        more = start + limit < len(found)
-        return {"object": "list", "data": page, "last_id": page[-1]["id"] if page else None, "has_more": more}
+        return page(found[::-1], limit, after)
 
     @app.get("/v1/sandboxes/{sandbox_id}")
     async def get(sandbox_id: str) -> Any:
@@ -190,7 +239,42 @@ def _add_sandboxes(app: FastAPI, fake: FakeServer) -> None:
         found = fake.sandboxes.get(sandbox_id)
         if found is None:
             return _error(404, "not_found", f"no sandbox {sandbox_id!r}")
-        found |= {"status": "stopped", "termination_reason": "user"}
+        if found["status"] != "stopped":
+            found |= {"status": "stopped", "termination_reason": "user"}
+            note(fake, "stopped", sandbox_id, reason="user")
+        return found
+
+
+def _add_changes(app: FastAPI, fake: FakeServer) -> None:
+    def alive(sandbox_id: str) -> Any:
+        found = fake.sandboxes.get(sandbox_id)
+        if found is None:
+            return _error(404, "not_found", f"no sandbox {sandbox_id!r}")
+        if found["status"] == "stopped":
+            return _error(409, "sandbox_not_running", "the sandbox has ended (user)")
+        return found
+
+    def turn(sandbox_id: str, status: str, kind: str) -> Any:
+        found = alive(sandbox_id)
+        if isinstance(found, dict) and found["status"] != status:
+            found["status"] = status
+            note(fake, kind, sandbox_id)
+        return found
+
+    @app.post("/v1/sandboxes/{sandbox_id}/pause")
+    async def pause(sandbox_id: str) -> Any:
+        return turn(sandbox_id, "paused", "paused")
+
+    @app.post("/v1/sandboxes/{sandbox_id}/resume")
+    async def resume(sandbox_id: str) -> Any:
+        return turn(sandbox_id, "running", "resumed")
+
+    @app.patch("/v1/sandboxes/{sandbox_id}")
+    async def update(sandbox_id: str, request: Request) -> Any:
+        found = alive(sandbox_id)
+        if isinstance(found, dict):
+            found |= await request.json()
+            note(fake, "updated", sandbox_id)
         return found
 
 
@@ -201,16 +285,25 @@ def _add_work(app: FastAPI, fake: FakeServer) -> None:
         found = fake.sandboxes.get(sandbox_id)
         if found is None:
             return _error(404, "not_found", f"no sandbox {sandbox_id!r}")
+        if found["status"] == "paused":
+            return _error(409, "sandbox_paused", "the sandbox is paused; it goes on when it is resumed")
         if found["status"] != "running":
             return _error(
                 409, "sandbox_not_running", f"the sandbox has ended ({found['termination_reason']})"
             )
-        events = _execute(fake, sandbox_id, body)
+        key = request.headers.get("idempotency-key")
+        run = fake.execs.get(f"{sandbox_id} {key}") if key else None
+        if run is not None and run.body != body:
+            return _error(409, "idempotency_conflict", f"key {key!r} was used for another exec")
+        if run is None:
+            run = FakeExec(fake, sandbox_id, body, key)
+            fake.execs[f"{sandbox_id} {key or run.id}"] = run
         if body.get("stream"):
-            return StreamingResponse(_lines(fake, events), media_type="text/event-stream")
-        final = [event async for event in events][-1]
-        return final["exec"]
+            return StreamingResponse(lines(fake, run), media_type="text/event-stream")
+        return [event async for event in run.events()][-1]["exec"]
 
+
+def _add_files(app: FastAPI, fake: FakeServer) -> None:
     @app.put("/v1/sandboxes/{sandbox_id}/files", status_code=201)
     async def put(sandbox_id: str, path: str, request: Request) -> Any:
         if sandbox_id not in fake.sandboxes:
@@ -269,122 +362,6 @@ def _add_rest(app: FastAPI, fake: FakeServer) -> None:
     @app.get("/v1/doctor")
     async def doctor() -> Any:
         return {"object": "list", "data": fake.checks, "isolation": {"level": 0, "runtime": "runc"}}
-
-
-async def _execute(fake: FakeServer, sandbox_id: str, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any]]:
-    argv = _argv(body, fake.workspace(sandbox_id))
-    started = time.time()
-    exec_id = f"exec_{len(fake.seen)}"
-    yield {"type": "exec.started", "exec": {"id": exec_id, "status": "running"}}
-    process = await asyncio.create_subprocess_exec(
-        *argv,
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        cwd=fake.workspace(sandbox_id),
-        start_new_session=True,
-        env={"PATH": os.environ["PATH"], **(body.get("env") or {})},
-    )
-    fake.programs[process.pid] = process
-    output: dict[str, bytes] = {"stdout": b"", "stderr": b""}
-    queue: asyncio.Queue[tuple[str, bytes]] = asyncio.Queue()
-    timed_out = False
-    try:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        assert process.stderr is not None
-        process.stdin.write((body.get("stdin") or "").encode())
-        process.stdin.close()
-        readers = [
-            asyncio.ensure_future(_pump("stdout", process.stdout, queue)),
-            asyncio.ensure_future(_pump("stderr", process.stderr, queue)),
-        ]
-        deadline = time.monotonic() + body.get("timeout_s", 60)
-        open_streams = 2
-        while open_streams:
-            try:
-                name, data = await asyncio.wait_for(queue.get(), max(0.0, deadline - time.monotonic()))
-            except TimeoutError:
-                os.killpg(process.pid, signal.SIGKILL)
-                timed_out, deadline = True, time.monotonic() + 60
-                continue
-            output[name] += data
-            open_streams -= not data
-            if data:
-                yield {"type": f"exec.{name}.delta", **_delta(data)}
-        await asyncio.gather(*readers)
-        code = await process.wait()
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        with anyio.CancelScope(shield=True):  # the client has gone and the request is being cancelled
-            await process.wait()
-        del fake.programs[process.pid]
-    yield {"type": "exec.completed", "exec": _result(exec_id, sandbox_id, code, timed_out, output, started)}
-
-
-def _argv(body: dict[str, Any], workspace: Path) -> list[str]:
-    if "code" in body:
-        return [sys.executable, "-I", "-S", "-u", "-c", body["code"]]
-    command = body["command"]
-    argv = ["bash", "-c", command] if isinstance(command, str) else list(command)
-    words = [sys.executable if word == "python3" else word for word in argv]
-    return [word.replace("/home/user", str(workspace)) for word in words]
-
-
-def _result(
-    exec_id: str, sandbox_id: str, code: int, timed_out: bool, output: dict[str, bytes], started: float
-) -> dict[str, Any]:
-    status = "timed_out" if timed_out else "killed" if code < 0 else "completed" if code == 0 else "failed"
-    stdout, stderr = (output[name].decode("utf-8", "replace") for name in ("stdout", "stderr"))
-    error = None
-    if "Traceback" in stderr:
-        name, _, value = stderr.strip().splitlines()[-1].partition(": ")
-        error = {"name": name, "value": value, "traceback": stderr}
-    return {
-        "id": exec_id,
-        "object": "sandbox.exec",
-        "sandbox_id": sandbox_id,
-        "status": status,
-        "exit_code": None if code < 0 else code,
-        "signal": {-9: "SIGKILL", -15: "SIGTERM"}.get(code) if code < 0 else None,
-        "stdout": stdout,
-        "stderr": stderr,
-        "truncated": False,
-        "error": error,
-        "started_at": started,
-        "duration_ms": (time.time() - started) * 1000,
-        "usage": {"cpu_ms": 1, "max_rss_mb": 1},
-    }
-
-
-def _delta(data: bytes) -> dict[str, str]:
-    try:
-        return {"delta": data.decode()}
-    except UnicodeDecodeError:
-        return {"delta": base64.b64encode(data).decode(), "encoding": "base64"}
-
-
-async def _pump(name: str, reader: asyncio.StreamReader, queue: asyncio.Queue[tuple[str, bytes]]) -> None:
-    while True:
-        data = await reader.read(65536)
-        await queue.put((name, data))
-        if not data:
-            return
-
-
-async def _lines(fake: FakeServer, events: AsyncGenerator[dict[str, Any]]) -> AsyncGenerator[bytes]:
-    number = 0
-    async with aclosing(events):
-        async for event in events:
-            if fake.cut_stream_after is not None and number >= fake.cut_stream_after:
-                if fake.cut_cleanly:
-                    return
-                raise ConnectionError("cut by the test")
-            if fake.error_event is not None and event["type"] == "exec.completed":
-                event = {"type": "error", "error": fake.error_event}
-            yield f"data: {json.dumps({**event, 'sequence_number': number})}\n\n".encode()
-            number += 1
 
 
 async def _half(content: bytes) -> AsyncGenerator[bytes]:

@@ -1,8 +1,8 @@
-"""How long an event loop was blocked."""
+"""What time shows: how long an event loop was blocked, and when something comes true."""
 
 import asyncio
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -25,3 +25,11 @@ async def with_longest_gap(work: Awaitable[T]) -> tuple[T, float]:
         return await work, max(gaps)
     finally:
         ticking.cancel()
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait for what another thread or task is about to make true."""
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        await asyncio.sleep(0.005)

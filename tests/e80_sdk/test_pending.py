@@ -19,14 +19,14 @@ from e80_sdk import (
 )
 
 from tests.e80_sdk.fake_server import FakeServer, Fault
-from tests.e80_sdk.gaps import with_longest_gap
+from tests.e80_sdk.gaps import until, with_longest_gap
 
 
 async def test_a_call_has_started_before_it_is_awaited(login: FakeServer) -> None:
     async with Eighty80().sandbox() as sandbox:
         pending = sandbox.write_file("a.txt", b"1")
         assert isinstance(pending, Pending)
-        await _until(lambda: login.count("PUT", "/files") == 1)
+        await until(lambda: login.count("PUT", "/files") == 1)
         assert await pending == 1
     assert login.alive() == []
 
@@ -116,7 +116,7 @@ async def test_an_exception_in_the_block_cancels_what_is_pending(login: FakeServ
     async def block() -> None:
         async with Eighty80().sandbox() as sandbox:
             started.append(sandbox.run("sleep 30"))
-            await _until(lambda: login.count("POST", "/exec") == 1)
+            await until(lambda: login.count("POST", "/exec") == 1)
             _ = 1 / 0
 
     began = time.monotonic()
@@ -150,7 +150,7 @@ async def test_a_failed_call_is_noted_on_the_exception_of_the_block(login: FakeS
     async def block() -> None:
         async with Eighty80().sandbox() as sandbox:
             pending = sandbox.read_file("nowhere")
-            await _until(lambda: pending._task.done())
+            await until(lambda: pending._task.done())
             _ = 1 / 0
 
     with pytest.raises(ZeroDivisionError) as caught:
@@ -191,7 +191,7 @@ async def test_a_block_cancelled_while_it_leaves_still_stops_the_sandbox(login: 
             sandbox.run("sleep 30")
 
     task = asyncio.create_task(leave())
-    await _until(lambda: login.count("POST", "/exec") == 1)
+    await until(lambda: login.count("POST", "/exec") == 1)
     task.cancel()
     await asyncio.sleep(0)
     task.cancel()
@@ -208,7 +208,7 @@ async def test_a_create_that_is_cancelled_leaves_no_sandbox(login: FakeServer) -
             pytest.fail("the block must not be entered")
 
     task = asyncio.create_task(enter())
-    await _until(lambda: login.count("POST", "/sandboxes") == 1)
+    await until(lambda: login.count("POST", "/sandboxes") == 1)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -335,11 +335,3 @@ def test_it_runs_on_uvloop(login: FakeServer) -> None:
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         assert runner.run(once()) == "hello\n"
-
-
-async def _until(condition: object) -> None:
-    assert callable(condition)
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
-        await asyncio.sleep(0.005)

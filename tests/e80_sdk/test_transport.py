@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import time
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from e80_sdk import (
     ConnectionLostError,
     DiskFullError,
     E80Error,
+    IdempotencyConflictError,
     NotLoggedInError,
     RateLimitError,
     RequestTimeoutError,
@@ -22,6 +24,7 @@ from e80_sdk import (
 )
 from e80_sdk.api import SandboxApi
 from e80_sdk.config import Connection
+from e80_sdk.retries import Patience
 from e80_sdk.transport import Request, Transport
 
 from tests.e80_sdk.fake_server import FakeServer, Fault
@@ -38,6 +41,9 @@ class Waits:
     async def __call__(self, seconds: float) -> None:
         self.seconds.append(seconds)
         await asyncio.sleep(0)
+
+    def clock(self) -> float:
+        return time.monotonic() + sum(self.seconds)
 
 
 class RawServer:
@@ -75,7 +81,10 @@ def waits() -> Waits:
 
 def make_api(base_url: str, waits: Waits, **options: Any) -> SandboxApi:
     connection = Connection(base_url, options.pop("api_key", FakeServer.api_key), "argument", "argument")
-    return SandboxApi(Transport(connection, sleep=waits, **options))
+    patience = Patience(
+        options.pop("patience_s", 60), options.pop("unknown_s", None), options.pop("max_retries", None)
+    )
+    return SandboxApi(Transport(connection, patience=patience, sleep=waits, clock=waits.clock, **options))
 
 
 async def test_503_with_retry_after_is_sent_again_with_the_same_key(fake: FakeServer, waits: Waits) -> None:
@@ -91,20 +100,17 @@ async def test_503_with_retry_after_is_sent_again_with_the_same_key(fake: FakeSe
 async def test_create_and_exec_carry_keys_of_their_own(fake: FakeServer, waits: Waits) -> None:
     api = make_api(fake.base_url, waits)
     info = await api.create({})
-    await api.exec(info.id, {"command": "true"})
-    await api.exec(info.id, {"command": "true"})
+    await api.execs.run(info.id, {"command": "true"})
+    await api.execs.run(info.id, {"command": "true"})
     await api.stop(info.id)
     keys = [one.headers.get("idempotency-key") for one in fake.seen]
     assert len(set(keys[:3])) == 3
     assert keys[3] is None
 
 
-@pytest.mark.parametrize("status", [429, 503])
-async def test_a_post_without_retry_after_is_not_sent_again(
-    fake: FakeServer, waits: Waits, status: int
-) -> None:
-    fake.faults.append(Fault("POST", "/sandboxes", status, {}, BUSY))
-    with pytest.raises(RateLimitError if status == 429 else UnavailableError):
+async def test_a_429_without_retry_after_is_not_sent_again(fake: FakeServer, waits: Waits) -> None:
+    fake.faults.append(Fault("POST", "/sandboxes", 429, {}, BUSY))
+    with pytest.raises(RateLimitError):
         await make_api(fake.base_url, waits).create({})
     assert waits.seconds == []
 
@@ -137,11 +143,94 @@ async def test_a_get_is_sent_again_after_a_gateway_error(fake: FakeServer, waits
     assert len(waits.seconds) == 1
 
 
-async def test_a_post_is_not_sent_again_after_a_gateway_error(fake: FakeServer, waits: Waits) -> None:
-    fake.faults.append(Fault("POST", "/sandboxes", 502))
+@pytest.mark.parametrize("status", [502, 503, 504])
+async def test_a_create_is_sent_again_after_a_gateway_error(
+    fake: FakeServer, waits: Waits, status: int
+) -> None:
+    fake.faults.append(Fault("POST", "/sandboxes", status, times=2))
+    await make_api(fake.base_url, waits).create({})
+    assert len(fake.seen) == 3
+    assert len({one.headers["idempotency-key"] for one in fake.seen}) == 1
+
+
+async def test_a_post_that_the_server_would_not_know_again_is_not_sent_again(
+    fake: FakeServer, waits: Waits
+) -> None:
+    transport = make_api(fake.base_url, waits).transport
+    fake.faults.append(Fault("POST", "/apikeys", 502))
     with pytest.raises(UnexpectedResponseError, match="502"):
-        await make_api(fake.base_url, waits).create({})
-    assert len(fake.seen) == 1
+        await transport.send(Request("POST", "/v1/apikeys", body={"name": "x"}))
+    fake.faults.append(Fault("POST", "/apikeys", 0))
+    with pytest.raises(ConnectionLostError, match="not sent again because that could do it twice"):
+        await transport.send(Request("POST", "/v1/apikeys", body={"name": "x"}))
+    assert len(fake.seen) == 2
+    fake.faults.append(Fault("POST", "/apikeys", 0))
+    await transport.send(Request("POST", "/v1/apikeys", body={"name": "x"}, idempotency_key="mine"))
+    assert [one.headers.get("idempotency-key") for one in fake.seen[2:]] == ["mine", "mine"]
+
+
+@pytest.mark.parametrize("after", [False, True])
+async def test_an_answer_that_gets_lost_makes_no_second_sandbox_or_run(
+    fake: FakeServer, waits: Waits, after: bool
+) -> None:
+    api = make_api(fake.base_url, waits)
+    for end in ("/sandboxes", "/exec", "/stop"):
+        fake.faults.append(Fault("POST", end, 0, after=after, times=2))
+    info = await api.create({})
+    assert list(fake.sandboxes) == [info.id]
+    result = await api.execs.run(info.id, {"command": "echo once >> log; cat log"})
+    assert result == "once\n"
+    assert (await api.stop(info.id)).status == "stopped"
+
+
+async def test_interrupted_work_is_taken_up_again(fake: FakeServer, waits: Waits) -> None:
+    api = make_api(fake.base_url, waits)
+    info = await api.create({})
+    stopped = {"error": {**BUSY["error"], "code": "interrupted"}}
+    fake.faults.append(Fault("POST", "/exec", 503, {}, stopped, times=3))
+    assert await api.execs.run(info.id, {"command": "echo hi"}) == "hi\n"
+
+
+async def test_one_key_for_two_things_is_an_error(fake: FakeServer, waits: Waits) -> None:
+    api = make_api(fake.base_url, waits)
+    info = await api.create({"idempotency_key": "mine"})
+    assert (await api.create({"idempotency_key": "mine"})).id == info.id
+    with pytest.raises(IdempotencyConflictError, match="mine"):
+        await api.create({"idempotency_key": "mine", "image": "other"})
+    assert (await api.execs.run(info.id, {"command": "echo 1"}, key="k")) == "1\n"
+    with pytest.raises(IdempotencyConflictError):
+        await api.execs.run(info.id, {"command": "echo 2"}, key="k")
+    assert fake.last("POST", "/sandboxes").body == {"image": "other"}
+
+
+async def test_patience_ends_and_says_so(waits: Waits) -> None:
+    api = make_api(f"http://127.0.0.1:{_closed_port()}", waits)
+    with pytest.raises(ConnectionFailedError, match=r"gave up after \d+ attempts in (5\d|60) s") as caught:
+        await api.create({})
+    assert "is it running" in caught.value.message
+    assert 57 < sum(waits.seconds) <= 60
+    assert max(waits.seconds) <= 2
+    assert waits.seconds[0] <= 0.1
+
+
+async def test_a_server_that_never_answered_gets_less(fake: FakeServer, waits: Waits) -> None:
+    heard: list[float] = []
+    address = f"http://127.0.0.1:{_closed_port()}"
+    api = make_api(address, waits, unknown_s=5, on_wait=lambda error, left_s: heard.append(left_s))
+    with pytest.raises(ConnectionFailedError):
+        await api.list()
+    assert 3 < sum(waits.seconds) <= 5
+    assert heard == sorted(heard, reverse=True)
+    assert len(heard) == len(waits.seconds)
+
+
+async def test_what_is_no_http_is_not_asked_again(waits: Waits) -> None:
+    server = RawServer(b"220 mail.example.org ESMTP\r\n\r\n")
+    api = make_api(await server.start(), waits)
+    with pytest.raises(ConnectionLostError):
+        await api.list()
+    assert waits.seconds == []
+    await server.close()
 
 
 async def test_a_refused_connection_is_tried_again_until_the_server_is_back() -> None:
@@ -165,15 +254,12 @@ async def test_a_server_that_is_down_is_named(waits: Waits) -> None:
     assert len(waits.seconds) == 2
 
 
-@pytest.mark.parametrize(("path", "attempts"), [("create", 1), ("list", 3)])
-async def test_only_what_does_no_harm_is_sent_again_after_a_drop(
-    waits: Waits, path: str, attempts: int
-) -> None:
+async def test_a_server_that_always_drops_is_given_up(waits: Waits) -> None:
     server = RawServer(b"")
     api = make_api(await server.start(), waits, max_retries=2)
-    with pytest.raises(ConnectionLostError, match="whether it took effect is unknown"):
-        await (api.create({}) if path == "create" else api.list())
-    assert server.requests == attempts
+    with pytest.raises(ConnectionLostError, match=r"whether it took effect is unknown \(gave up after 3"):
+        await api.create({})
+    assert server.requests == 3
     await server.close()
 
 
@@ -244,6 +330,7 @@ async def test_half_a_file_is_an_error(fake: FakeServer, waits: Waits) -> None:
 
 async def test_a_body_can_be_made_anew_for_a_retry(fake: FakeServer, waits: Waits) -> None:
     fake.faults.append(Fault("PUT", "/files", 503, {"Retry-After": "0"}, BUSY))
+    fake.faults.append(Fault("PUT", "/files", 0))
     api = make_api(fake.base_url, waits)
     info = await api.create({})
 
@@ -253,6 +340,25 @@ async def test_a_body_can_be_made_anew_for_a_retry(fake: FakeServer, waits: Wait
 
     assert await api.write_file(info.id, "f", pieces) == 6
     assert await api.read_file(info.id, "f") == b"onetwo"
+
+
+async def test_a_body_that_cannot_be_made_anew_says_so(fake: FakeServer, waits: Waits) -> None:
+    api = make_api(fake.base_url, waits)
+    info = await api.create({})
+    fake.faults.append(Fault("PUT", "/files", 0))
+    calls: list[int] = []
+
+    def once() -> Any:
+        calls.append(1)
+        if len(calls) > 1:
+            raise E80Error("stdin cannot be read twice")
+        return pieces()
+
+    async def pieces() -> Any:
+        yield b"one"
+
+    with pytest.raises(ConnectionLostError, match="not sent again: stdin cannot be read twice"):
+        await api.write_file(info.id, "f", once)
 
 
 async def test_connections_are_shared_inside_a_hold_and_closed_after_it(login: FakeServer) -> None:
