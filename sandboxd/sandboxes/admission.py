@@ -87,14 +87,14 @@ def _process_limit() -> int:
 
 def _inotify_of_root() -> int:
     count = 0
-    for process in os.scandir("/proc"):
-        if not process.name.isdigit():
-            continue
-        try:
-            if process.stat().st_uid != 0:
+    with os.scandir("/proc") as processes:
+        for process in processes:
+            if not process.name.isdigit():
                 continue
-            for entry in os.scandir(f"{process.path}/fd"):
-                count += os.readlink(entry.path) == "anon_inode:inotify"
-        except OSError:
-            continue  # it has just ended, or closed the descriptor
+            try:
+                if process.stat().st_uid == 0:
+                    with os.scandir(f"{process.path}/fd") as files:
+                        count += sum(os.readlink(file.path) == "anon_inode:inotify" for file in files)
+            except OSError:
+                continue  # it has just ended, or closed the descriptor
     return count
