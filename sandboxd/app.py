@@ -33,6 +33,8 @@ from sandboxd.sandboxes.activity_routes import make_router as make_activity_rout
 from sandboxd.sandboxes.admission import Admission
 from sandboxd.sandboxes.events import Events
 from sandboxd.sandboxes.exec import ExecService
+from sandboxd.sandboxes.exec_routes import make_exec_router
+from sandboxd.sandboxes.history import History
 from sandboxd.sandboxes.jobs import (
     FLUSH_INTERVAL_S,
     GAUGE_INTERVAL_S,
@@ -145,7 +147,8 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.include_router(_make_operations_router(services))
     app.include_router(make_identity_router(services.identity))
-    app.include_router(make_sandboxes_router(services.sandboxes, services.execs))
+    app.include_router(make_sandboxes_router(services.sandboxes))
+    app.include_router(make_exec_router(services.sandboxes, services.execs))
     app.include_router(make_activity_router(services.sandboxes, services.events, services.lifecycle.meter))
     return app
 
@@ -205,9 +208,17 @@ def _make_services(settings: Settings) -> Services:
         events=sandbox_events,
         sandboxes=sandboxes,
         execs=ExecService(
-            settings=settings, clock=clock, metrics=metrics, tasks=tasks, live=sandboxes.live, runtime=runtime
+            settings=settings,
+            clock=clock,
+            metrics=metrics,
+            tasks=tasks,
+            live=sandboxes.live,
+            runtime=runtime,
+            history=History(db, metrics),
+            draining=lambda: drain.active,
         ),
     )
+    lifecycle.on_adopted.append(services.execs.take_up)
     services.readiness["database"] = db.ping
     services.readiness["engine"] = runtime.ping
     return services
@@ -225,6 +236,7 @@ async def _running(services: Services) -> AsyncIterator[None]:
     finally:
         await services.lifecycle.settle(SETTLE_TIMEOUT_S)
         await services.tasks.close()
+        await services.execs.close()
         await services.identity.flush_last_used()
         await services.lifecycle.flush_activity()
         await services.lifecycle.meter.tick()
@@ -242,6 +254,7 @@ def _start_jobs(services: Services) -> None:
     tasks.every(
         GAUGE_INTERVAL_S, "sandboxes.gauges", Gauges(services.db, services.metrics, lifecycle.node_id).tick
     )
+    tasks.start("execs.history", services.execs.history.batch.run())
     retention = Retention(services.db, services.clock, services.settings.history_days)
     tasks.every(RETENTION_INTERVAL_S, "sandboxes.retention", retention.tick)
     tasks.every(admission.INOTIFY_INTERVAL_S, "sandboxes.inotify", services.admission.count_inotify)

@@ -266,7 +266,8 @@ class RequestMiddleware:
             # Our own drain ended this request, and nobody above waits to hear of it.
             task.uncancel()
             if status == 0:
-                await error_response(_interrupted())(scope, receive, send_with_id)
+                stopped = _interrupted(repeatable=scope.get("repeatable", False))
+                await error_response(stopped)(scope, receive, send_with_id)
         except ClientDisconnect:
             # It hung up in the middle of its own body: there is nobody to answer.
             log.info("client hung up", method=scope["method"], path=_shown_path(scope))
@@ -432,7 +433,12 @@ def _too_large(limit: int, size: int | None = None) -> TooLargeError:
     )
 
 
-def _interrupted() -> SandboxdError:
+def _interrupted(*, repeatable: bool = False) -> SandboxdError:
+    if repeatable:
+        return UnavailableError(
+            "The server was stopped while this request ran. Send it again with the same Idempotency-Key.",
+            code="interrupted",
+        )
     # No Retry-After: the request had begun, and doing it twice may be worse than not at all.
     error = UnavailableError(
         "The server was stopped while this request ran; how far it got is not known.", code="interrupted"

@@ -55,7 +55,7 @@ class Metrics:
         )
         self.exec_rows_dropped = Counter(
             "sandboxd_exec_rows_dropped",
-            "Executions that are missing in the history, because the store could not be written for too long.",
+            "Executions missing in the history, because the store could not be written.",
             registry=self.registry,
         )
         self.reaper_actions = Counter(
@@ -64,7 +64,13 @@ class Metrics:
             ["action"],
             registry=self.registry,
         )
+        self._add_pool()
 
+    def render(self) -> bytes:
+        """All metrics in the Prometheus text format."""
+        return generate_latest(self.registry)
+
+    def _add_pool(self) -> None:
         self.pool_claims = Counter(
             "sandboxd_pool_claims",
             "Creates, by whether the pool had a sandbox ready: hit or miss.",
@@ -107,7 +113,3 @@ class Metrics:
             ["resource"],
             registry=self.registry,
         )
-
-    def render(self) -> bytes:
-        """All metrics in the Prometheus text format."""
-        return generate_latest(self.registry)

@@ -33,7 +33,8 @@ class SandboxPausedError(ConflictError):
 
     def __init__(self, sandbox_id: str) -> None:
         super().__init__(
-            f"Sandbox {sandbox_id} was paused while this ran; it goes on when the sandbox is resumed.", param="id"
+            f"Sandbox {sandbox_id} was paused while this ran; it goes on when the sandbox is resumed.",
+            param="id",
         )
 
 
@@ -52,8 +53,8 @@ class ExecResultGoneError(ConflictError):
     def __init__(self, exec_id: str, status: str | None) -> None:
         ended = f" and ended as {status}" if status else ""
         super().__init__(
-            f"This Idempotency-Key has run exec {exec_id}{ended}. Its output is no longer kept, and it was not "
-            "run again; send a new key to run it again.",
+            f"This Idempotency-Key has run exec {exec_id}{ended}. Its output is no longer kept, and it was "
+            "not run again; send a new key to run it again.",
             param="Idempotency-Key",
         )
 

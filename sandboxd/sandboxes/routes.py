@@ -1,6 +1,5 @@
-"""HTTP for sandboxes, execs and files."""
+"""HTTP for sandboxes and files."""
 
-import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Annotated, Literal
@@ -14,17 +13,14 @@ from sandboxd.identity.auth import CurrentPrincipal
 from sandboxd.identity.idempotency import request_digest
 from sandboxd.identity.service import Principal, check_project
 from sandboxd.kit.errors import BadRequestError
-from sandboxd.kit.http import IdempotencyKey, PageQuery, known_query_only, sse_response
+from sandboxd.kit.http import IdempotencyKey, PageQuery, known_query_only
 from sandboxd.kit.paging import Page
 from sandboxd.sandboxes import files
-from sandboxd.sandboxes.exec import ExecService
 from sandboxd.sandboxes.models import Sandbox
 from sandboxd.sandboxes.schemas import (
     LABEL_NAME,
     CreateSandboxBody,
     EmptyBody,
-    ExecBody,
-    ExecOut,
     FileOut,
     PatchSandboxBody,
     SandboxOut,
@@ -46,7 +42,7 @@ FilePath = Annotated[
 ]
 
 
-def make_router(sandboxes: SandboxService, execs: ExecService) -> APIRouter:
+def make_router(sandboxes: SandboxService) -> APIRouter:
     router = APIRouter(prefix="/v1/sandboxes", tags=["sandboxes"], dependencies=[Depends(known_query_only)])
 
     def out(row: Sandbox, principal: Principal) -> SandboxOut:
@@ -111,17 +107,6 @@ def make_router(sandboxes: SandboxService, execs: ExecService) -> APIRouter:
     @router.delete("/{sandbox_id}")
     async def delete_sandbox(sandbox_id: str, principal: CurrentPrincipal) -> SandboxOut:
         return out(await sandboxes.stop(principal, sandbox_id), principal)
-
-    @router.post("/{sandbox_id}/exec", responses={200: {"model": ExecOut}})
-    async def exec_in_sandbox(sandbox_id: str, body: ExecBody, principal: CurrentPrincipal) -> Response:
-        """A failing program is a normal result. With `stream` the answer is server-sent events."""
-        check_project(principal, body.project)
-        sandbox = await sandboxes.running(principal.project_id, sandbox_id)
-        if body.stream:
-            return sse_response(execs.stream(sandbox, body.wanted()))
-        result = await execs.run(sandbox, body.wanted())
-        # Built by hand: validating our own output again would be a quarter of the whole call.
-        return Response(json.dumps(result), media_type="application/json")
 
     @router.get(
         "/{sandbox_id}/files",

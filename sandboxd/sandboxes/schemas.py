@@ -7,7 +7,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from sandboxd.kit.http import Body
 from sandboxd.kit.paging import Resource
-from sandboxd.sandboxes.exec import HOME, NewExec
 from sandboxd.sandboxes.limits import NewSandbox
 from sandboxd.sandboxes.models import Sandbox
 
@@ -176,74 +175,6 @@ class SandboxOut(Resource):
 
 class EmptyBody(Body):
     """For what takes no options: stop, pause, resume."""
-
-
-class ExecBody(Body):
-    code: Text | None = Field(None, description="Python to run. Give this or `command`.")
-    language: Literal["python"] = "python"
-    command: Argument | Annotated[list[Argument], Field(min_length=1, max_length=10_000)] | None = Field(
-        None, description="A list is the program and its arguments; a string is run by `bash -lc`."
-    )
-    cwd: Argument = Field(HOME, min_length=1, max_length=4096)
-    env: Env = Field(default_factory=dict)
-    stdin: Text = Field("", description="Given to the program; without it stdin is closed.")
-    timeout_s: float | None = Field(None, gt=0, description="Seconds; the server's default when not given.")
-    stream: bool = Field(False, description="Answer with server-sent events.")
-    fresh: bool = Field(False, description="Start a new Python instead of forking one that waits.")
-
-    @model_validator(mode="after")
-    def _one_of(self) -> Self:
-        if (self.code is None) == (self.command is None):
-            raise ValueError("give either 'code' or 'command', and not both")
-        if self.command is not None and not (
-            self.command if isinstance(self.command, str) else self.command[0]
-        ):
-            raise ValueError("'command' is empty")
-        if self.command is not None and self.fresh:
-            raise ValueError("'fresh' is for 'code'; a command is always a new process")
-        return self
-
-    def wanted(self) -> NewExec:
-        return NewExec(
-            code=self.code,
-            command=self.command,
-            cwd=self.cwd,
-            env=self.env,
-            stdin=self.stdin,
-            timeout_s=self.timeout_s,
-            stream=self.stream,
-            fresh=self.fresh,
-        )
-
-
-class ExecErrorOut(BaseModel):
-    name: str
-    value: str
-    traceback: str
-
-
-class ExecUsageOut(BaseModel):
-    cpu_ms: float
-    max_rss_mb: float
-
-
-class ExecOut(BaseModel):
-    """The result of an exec. Built as a plain dict on the way of every call; this documents it."""
-
-    id: str
-    object: Literal["sandbox.exec"] = "sandbox.exec"
-    sandbox_id: str
-    status: Literal["completed", "failed", "timed_out", "killed", "oom", "lost"]
-    exit_code: int | None
-    signal: str | None
-    stdout: str
-    stderr: str
-    truncated: bool
-    output_path: str | None = Field(description="Folder in the sandbox with all of a truncated output.")
-    error: ExecErrorOut | None
-    started_at: float
-    duration_ms: float
-    usage: ExecUsageOut
 
 
 class FileOut(BaseModel):

@@ -1,0 +1,195 @@
+"""What comes of an exec, for its client and for the history: the sum of its events, text, refusals."""
+
+import base64
+import codecs
+import signal
+import time
+from typing import Any
+
+from sandboxd.agentlink.client import Event, Failure, Outcome, Output, Started
+from sandboxd.agentlink.errors import AgentRefusedError
+from sandboxd.kit.errors import BadRequestError
+from sandboxd.sandboxes.errors import BusyError
+from sandboxd.sandboxes.models import Exec
+from sandboxd.sandboxes.states import ExecStatus
+
+# What a shell answers for a program that is not there, or may not be run.
+_NOT_STARTED = {"command_not_found": 127, "command_not_executable": 126}
+_ENDED = {"timeout": ExecStatus.TIMED_OUT, "killed": ExecStatus.KILLED, "oom": ExecStatus.OOM}
+_MAX_ERROR_NAME = 100
+
+
+class Run:
+    """An exec as it goes on: what it wrote so far and how it ended. `status` is set by who knows better than
+    its events. One that nobody will read does without the output."""
+
+    def __init__(
+        self, exec_id: str, sandbox_id: str, kind: str, started_at: float, *, keep_output: bool = True
+    ) -> None:
+        self.id = exec_id
+        self.sandbox_id = sandbox_id
+        self.kind = kind
+        self.started_at = started_at
+        self.status: ExecStatus | None = None
+        # It had ended before this request came.
+        self.replayed = False
+        self.output_bytes = 0
+        self._keep_output = keep_output
+        self._started = time.perf_counter()
+        self._stdout = bytearray()
+        self._stderr = bytearray()
+        self._failure: Failure | None = None
+        self._outcome: Outcome | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self._outcome is not None or self.status is not None
+
+    def add(self, event: Event) -> None:
+        if isinstance(event, Output):
+            self.output_bytes += len(event.data)
+            if self._keep_output:
+                (self._stderr if event.is_stderr else self._stdout).extend(event.data)
+        elif isinstance(event, Failure):
+            self._failure = event
+        elif isinstance(event, Outcome):
+            self._outcome = event
+        elif isinstance(event, Started) and event.resumed:
+            self.replayed = event.finished
+            self.started_at -= event.age_s
+
+    def result(self) -> dict[str, Any]:
+        outcome, failure = self._outcome, self._failure
+        return {
+            "id": self.id,
+            "object": "sandbox.exec",
+            "sandbox_id": self.sandbox_id,
+            "status": self.status or status_of(outcome),
+            "exit_code": outcome.exit_code if outcome else None,
+            "signal": signal_name(outcome.signal) if outcome else None,
+            "stdout": self._stdout.decode("utf-8", "replace"),
+            "stderr": self._stderr.decode("utf-8", "replace"),
+            "truncated": outcome.truncated if outcome else False,
+            "output_path": outcome.spool if outcome else None,
+            "error": None
+            if failure is None
+            else {"name": failure.name, "value": failure.value, "traceback": failure.traceback},
+            "started_at": round(self.started_at, 3),
+            "duration_ms": self.duration_ms,
+            "usage": self._usage(),
+        }
+
+    def row(self, project_id: str | None) -> dict[str, Any]:
+        """All columns of the history's table."""
+        outcome, failure, usage = self._outcome, self._failure, self._usage()
+        status = self.status or status_of(outcome)
+        return {
+            "id": self.id,
+            "project_id": project_id or "",
+            "sandbox_id": self.sandbox_id,
+            "kind": self.kind,
+            "status": str(status),
+            "exit_code": _storable(outcome.exit_code) if outcome else None,
+            "signal": signal_name(outcome.signal) if outcome else None,
+            "error_name": failure.name[:_MAX_ERROR_NAME].replace("\0", "?") if failure else None,
+            "truncated": outcome.truncated if outcome else False,
+            "started_at": self.started_at,
+            "duration_ms": None if status is ExecStatus.RUNNING else self.duration_ms,
+            "cpu_ms": usage["cpu_ms"],
+            "max_rss_mb": usage["max_rss_mb"],
+        }
+
+    @property
+    def duration_ms(self) -> float:
+        if self._outcome is not None:
+            return self._outcome.duration_ms
+        return round((time.perf_counter() - self._started) * 1000, 3)
+
+    def _usage(self) -> dict[str, float]:
+        outcome = self._outcome
+        return {
+            "cpu_ms": outcome.cpu_ms if outcome else 0.0,
+            "max_rss_mb": round(outcome.max_rss_kb / 1024, 1) if outcome else 0.0,
+        }
+
+
+def result_of(row: Exec, status: str) -> dict[str, Any]:
+    """The result of an exec as far as the history has it: without what it wrote."""
+    error = None if row.error_name is None else {"name": row.error_name, "value": None, "traceback": None}
+    return {
+        "id": row.id,
+        "object": "sandbox.exec",
+        "sandbox_id": row.sandbox_id,
+        "status": status,
+        "exit_code": row.exit_code,
+        "signal": row.signal,
+        "stdout": None,
+        "stderr": None,
+        "truncated": row.truncated,
+        "output_path": None,
+        "error": error,
+        "started_at": round(row.started_at, 3),
+        "duration_ms": row.duration_ms,
+        "usage": {"cpu_ms": row.cpu_ms, "max_rss_mb": row.max_rss_mb},
+    }
+
+
+def _storable(exit_code: int | None) -> int | None:
+    """The agent's word, as far as the column can hold it."""
+    return None if exit_code is None else max(-1, min(exit_code, 2**31 - 1))
+
+
+class Decoder:
+    """Bytes as they come to text events; what is not UTF-8 goes as base64, byte for byte."""
+
+    def __init__(self, event: str) -> None:
+        self._event = event
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+
+    def feed(self, data: bytes) -> list[tuple[str, dict[str, Any]]]:
+        held = self._decoder.getstate()[0]
+        try:
+            text = self._decoder.decode(data)
+        except UnicodeDecodeError:
+            self._decoder.reset()
+            return [self._binary(held + data)]
+        return [(self._event, {"delta": text})] if text else []
+
+    def end(self) -> list[tuple[str, dict[str, Any]]]:
+        held = self._decoder.getstate()[0]
+        return [self._binary(held)] if held else []
+
+    def _binary(self, data: bytes) -> tuple[str, dict[str, Any]]:
+        return self._event, {"delta": base64.b64encode(data).decode(), "encoding": "base64"}
+
+
+def status_of(outcome: Outcome | None) -> ExecStatus:
+    if outcome is None:
+        return ExecStatus.LOST
+    if outcome.reason in _ENDED:
+        return _ENDED[outcome.reason]
+    return ExecStatus.COMPLETED if outcome.exit_code == 0 else ExecStatus.FAILED
+
+
+def signal_name(number: int | None) -> str | None:
+    if number is None:
+        return None
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        # The agent's word: no number that would not fit the history's column.
+        return f"SIG{number % 1000}"
+
+
+def refused(error: AgentRefusedError) -> list[Event]:
+    """A program that cannot be started is a result, as in a shell; all else is an error of the request."""
+    code = _NOT_STARTED.get(error.agent_code)
+    if code is not None:
+        said = Output(is_stderr=True, data=f"{error.message}\n".encode())
+        return [said, Outcome("exit", code, None, False, None, 0.0, 0.0, 0)]
+    if error.agent_code in ("busy", "start_failed"):
+        # At its limit of execs, or of processes: what it runs already is in the way.
+        raise BusyError(error.message) from error
+    if error.agent_code == "cwd_not_found":
+        raise BadRequestError(error.message, param="cwd", code="cwd_not_found") from error
+    raise BadRequestError(f"the command cannot be started: {error.message}", code=error.agent_code) from error
