@@ -9,12 +9,13 @@ from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sandboxd.identity.service import IdentityService, Principal
-from sandboxd.kit.errors import UnauthorizedError
+from sandboxd.kit.errors import SandboxdError, UnauthorizedError
 from sandboxd.kit.http import API_PREFIX, error_response
 
 
 class AuthMiddleware:
-    """Puts the Principal into the scope, or answers 401. A new route cannot forget it."""
+    """Puts the Principal into the scope, or answers 401, or 503 when the store cannot be asked. A new route
+    cannot forget it."""
 
     def __init__(self, app: ASGIApp, *, identity: IdentityService) -> None:
         self.app = app
@@ -24,7 +25,7 @@ class AuthMiddleware:
         if scope["type"] == "http" and scope["path"].startswith(API_PREFIX):
             try:
                 scope["principal"] = await self.identity.authenticate(_bearer(scope))
-            except UnauthorizedError as error:
+            except SandboxdError as error:
                 await error_response(error)(scope, receive, send)
                 return
         await self.app(scope, receive, send)

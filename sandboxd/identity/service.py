@@ -15,13 +15,16 @@ from sandboxd.identity.models import ApiKey, AuditEntry, Organization, Project
 from sandboxd.identity.secrets import digest, display_prefix, is_well_formed, new_key
 from sandboxd.kit.clock import Clock
 from sandboxd.kit.db import Database
-from sandboxd.kit.errors import UnauthorizedError
+from sandboxd.kit.errors import StoreUnavailableError, UnauthorizedError
 from sandboxd.kit.ids import is_id, new_id
 from sandboxd.kit.paging import PageParams
 
 CACHE_SIZE = 10_000
 # Bounds how long a change made to the file by hand goes unseen; revoking through the API acts at once.
 CACHE_TTL_S = 30.0
+# A store that cannot be asked: how long a key that was good stays so, and how often it is tried.
+STALE_S = 600.0
+ASK_AGAIN_S = 5.0
 FLUSH_BATCH = 500
 IDEMPOTENCY_SCOPE = "apikey"
 
@@ -58,11 +61,18 @@ class CreatedKey:
     key: str
 
 
+@dataclass(slots=True)
+class _Cached:
+    principal: Principal
+    seen_at: float
+    ask_at: float
+
+
 class IdentityService:
     def __init__(self, db: Database, clock: Clock) -> None:
         self._db = db
         self._clock = clock
-        self._cache: dict[str, tuple[Principal, float]] = {}
+        self._cache: dict[str, _Cached] = {}
         self._revocations = 0
         self._last_used: dict[str, float] = {}
 
@@ -70,10 +80,10 @@ class IdentityService:
         """The key's Principal, or UnauthorizedError. No query for a cached key, nor for a malformed one."""
         secret = digest(key)
         cached = self._cache.get(secret)
-        if cached is not None and cached[1] > self._clock.monotonic():
-            principal = cached[0]
+        if cached is not None and cached.ask_at > self._clock.monotonic():
+            principal = cached.principal
         else:
-            principal = await self._look_up(key, secret)
+            principal = await self._ask(key, secret, cached)
         self._last_used[principal.key_id] = self._clock.now()
         return principal
 
@@ -229,8 +239,21 @@ class IdentityService:
                 if self._last_used.get(key_id) == used_at:
                     del self._last_used[key_id]
 
+    async def _ask(self, key: str, secret: str, cached: _Cached | None) -> Principal:
+        if cached is None:
+            return await self._look_up(key, secret)
+        # One request asks, the others go on with what is known.
+        cached.ask_at = self._clock.monotonic() + ASK_AGAIN_S
+        try:
+            return await self._look_up(key, secret)
+        except StoreUnavailableError:
+            # A store that is away cannot have revoked the key; execs need nothing else of it.
+            stale = self._cache.get(secret) is not cached
+            if stale or self._clock.monotonic() > cached.seen_at + STALE_S:
+                raise
+            return cached.principal
+
     async def _look_up(self, key: str, secret: str) -> Principal:
-        self._cache.pop(secret, None)
         if not is_well_formed(key):
             raise UnauthorizedError(
                 "This is not an API key of this server: keys look like 8080_live_... and end in a checksum,"
@@ -240,6 +263,7 @@ class IdentityService:
         async with self._db.read() as session:
             found = await store.find_active_key(session, secret)
         if found is None:
+            self._cache.pop(secret, None)
             raise UnauthorizedError("This API key is unknown or revoked. Use another key, or create one.")
         row, project = found
         principal = Principal(
@@ -251,9 +275,10 @@ class IdentityService:
         )
         # A revocation that ended while the query ran must not be undone by what the query saw before it.
         if revocations == self._revocations:
-            if len(self._cache) >= CACHE_SIZE:
+            if len(self._cache) >= CACHE_SIZE and secret not in self._cache:
                 self._cache.pop(next(iter(self._cache)))
-            self._cache[secret] = (principal, self._clock.monotonic() + CACHE_TTL_S)
+            now = self._clock.monotonic()
+            self._cache[secret] = _Cached(principal, seen_at=now, ask_at=now + CACHE_TTL_S)
         return principal
 
     def _fresh(self, row: ApiKey) -> ApiKey:

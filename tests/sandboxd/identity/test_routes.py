@@ -7,6 +7,7 @@ from sandboxd.identity.auth import AuthMiddleware
 from sandboxd.identity.routes import make_router
 from sandboxd.identity.secrets import new_key
 from sandboxd.identity.service import IdentityService
+from sandboxd.kit.db import Database
 from sandboxd.kit.http import Drain, install
 from sandboxd.kit.metrics import Metrics
 
@@ -197,3 +198,12 @@ async def test_the_audit_trail_tells_who_from_where(client, make_client):
 @pytest.mark.parametrize("query", ["action=A", "action=%00", "resource_id=", "resource_id=%00", "actor=x"])
 async def test_a_bad_filter_of_the_audit_trail_is_400(client, query):
     assert (await client.get(f"/v1/audit?{query}")).status_code == 400
+
+
+async def test_a_store_that_is_away_is_503_at_the_door(identity, make_client, tmp_path):
+    client = await make_client("web")
+    identity._db = Database(f"sqlite+aiosqlite:///{tmp_path}/nowhere/test.db")
+    answer = await client.get("/v1/apikeys", headers={"Authorization": f"Bearer {new_key()}"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "store_unavailable")
+    assert answer.headers["Retry-After"] == "1"
+    await identity._db.close()

@@ -1,4 +1,5 @@
 import asyncio
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
@@ -14,15 +15,17 @@ from sandboxd.identity.errors import (
 from sandboxd.identity.models import ApiKey
 from sandboxd.identity.secrets import new_key
 from sandboxd.identity.service import (
+    ASK_AGAIN_S,
     CACHE_SIZE,
     CACHE_TTL_S,
+    STALE_S,
     IdentityService,
     Principal,
     Quota,
     check_project,
 )
 from sandboxd.kit.db import Database
-from sandboxd.kit.errors import UnauthorizedError
+from sandboxd.kit.errors import StoreUnavailableError, UnauthorizedError
 from sandboxd.kit.ids import new_id
 from sandboxd.kit.paging import PageParams
 
@@ -141,6 +144,66 @@ async def test_a_look_up_under_way_does_not_undo_a_revocation(project, db, clock
     with pytest.raises(UnauthorizedError):
         await identity.authenticate(created.key)
     await slow.close()
+
+
+class AwayDatabase(Database):
+    """A store that can be away."""
+
+    away = False
+    asked = 0
+
+    @asynccontextmanager
+    async def read(self):
+        self.asked += 1
+        if self.away:
+            raise StoreUnavailableError("away")
+        async with super().read() as session:
+            yield session
+
+
+@pytest.fixture
+async def fickle(db) -> AsyncIterator[AwayDatabase]:
+    database = AwayDatabase(db.url)
+    yield database
+    await database.close()
+
+
+async def test_a_known_key_outlives_a_store_that_is_away_for_a_while(project, fickle, clock):
+    identity = IdentityService(fickle, clock)
+    known = (await identity.create_key(project.id, "ci", actor="tests")).key
+    principal = await identity.authenticate(known)
+    fickle.away = True
+    clock.advance(CACHE_TTL_S + 1)
+    fickle.asked = 0
+    for _ in range(3):
+        assert await identity.authenticate(known) == principal
+    assert fickle.asked == 1
+    clock.advance(ASK_AGAIN_S + 1)
+    assert await identity.authenticate(known) == principal
+    assert fickle.asked == 2
+    with pytest.raises(StoreUnavailableError):
+        await identity.authenticate(new_key())
+    clock.advance(STALE_S)
+    with pytest.raises(StoreUnavailableError):
+        await identity.authenticate(known)
+    fickle.away = False
+    clock.advance(ASK_AGAIN_S + 1)
+    assert await identity.authenticate(known) == principal
+
+
+async def test_a_key_revoked_elsewhere_is_useless_when_the_store_is_back(project, db, fickle, clock):
+    identity = IdentityService(fickle, clock)
+    created = await identity.create_key(project.id, "ci", actor="tests")
+    await identity.authenticate(created.key)
+    fickle.away = True
+    clock.advance(CACHE_TTL_S + 1)
+    await identity.authenticate(created.key)
+    await IdentityService(db, clock).revoke_key(project.id, created.row.id, actor="tests")
+    fickle.away = False
+    clock.advance(ASK_AGAIN_S + 1)
+    for _ in range(2):
+        with pytest.raises(UnauthorizedError):
+            await identity.authenticate(created.key)
 
 
 async def test_revoking_is_idempotent(identity, project, clock):
