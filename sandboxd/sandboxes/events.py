@@ -50,7 +50,6 @@ class Events:
                 data=data,
             )
         )
-        await session.flush()
 
     def wake(self) -> None:
         """Lets followers look at once."""

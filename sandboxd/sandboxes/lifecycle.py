@@ -284,7 +284,6 @@ class Lifecycle:
             alive = await store.change(session, row.id, [Status.CREATING], values)
             row = await store.get(session, row.id)
             if alive and row.project_id is not None:
-                await self.meter.count_sandbox(session, row.project_id, now)
                 await self._events.emit(session, row, "sandbox.running")
         if not alive:
             raise SandboxNotRunningError(row.id, row.status, row.termination_reason)
@@ -307,7 +306,11 @@ class Lifecycle:
             last_active_at=row.last_active_at,
             deadline=deadline,
             idle=Idleness(since_s=self._idle_since(row)),
-            metered=Metered(at_s=monotonic - unmetered_s, cpu_s=row.cpu_read_s),
+            metered=Metered(
+                at_s=monotonic - unmetered_s,
+                cpu_s=row.cpu_read_s,
+                first=row.metered_at is None or row.metered_at == row.started_at,
+            ),
             idle_timeout_s=row.idle_timeout_s,
             paused=row.status == Status.PAUSED,
         )

@@ -64,6 +64,8 @@ class Metered:
     bytes_in: int = 0
     bytes_out: int = 0
     execs: int = 0
+    # Whether the next reading is its first: the one that counts the sandbox itself.
+    first: bool = True
 
 
 class LiveSandboxes:

@@ -128,6 +128,8 @@ class SandboxService:
         memory_size_mb. All of it, or nothing and an error."""
         row, live = await self._held(principal.project_id, sandbox_id)
         self._check(changes)
+        if not changes:  # the body named `network` alone, and there is one kind of it
+            return row
         async with live.changing:
             row, live = await self._held(principal.project_id, sandbox_id)
             cpu_mhz = changes.get("cpu_mhz", row.cpu_mhz)
@@ -226,7 +228,6 @@ class SandboxService:
             if row is None:
                 return None
             await self._record_new(session, principal, row.id, repeatable)
-            await self._lifecycle.meter.count_sandbox(session, principal.project_id, now)
             await self._events.emit(session, row, "sandbox.created")
             await self._events.emit(session, row, "sandbox.running")
         self._lifecycle.fail_points.reach(FailPoint.CLAIM_CLAIMED)

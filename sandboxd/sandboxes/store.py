@@ -130,6 +130,7 @@ async def claim(
         .where(col(Sandbox.id) == oldest, col(Sandbox.status) == Status.READY)
         .values(**values)
         .returning(Sandbox)
+        .execution_options(synchronize_session=False)
     )
     return (await session.exec(statement)).scalars().first()
 
@@ -142,6 +143,7 @@ async def change(
         update(Sandbox)
         .where(col(Sandbox.id) == sandbox_id, col(Sandbox.status).in_(list(expected)))
         .values(**values)
+        .execution_options(synchronize_session=False)
     )
     result = await session.exec(statement)
     return bool(result.rowcount)

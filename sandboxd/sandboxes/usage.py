@@ -40,6 +40,7 @@ class Reading:
     bytes_in: int
     bytes_out: int
     execs: int
+    sandboxes: int
 
 
 class Meter:
@@ -89,7 +90,9 @@ class Meter:
             bytes_in=live.bytes_in - metered.bytes_in,
             bytes_out=live.bytes_out - metered.bytes_out,
             execs=live.execs_ended - metered.execs,
+            sandboxes=int(metered.first),
         )
+        metered.first = False
         metered.at_s, metered.cpu_s = now, cpu_s
         metered.bytes_in, metered.bytes_out, metered.execs = live.bytes_in, live.bytes_out, live.execs_ended
         return reading
@@ -108,14 +111,11 @@ class Meter:
             last.bytes_in += reading.bytes_in
             last.bytes_out += reading.bytes_out
             last.execs += reading.execs
+            last.sandboxes += reading.sandboxes
             values = {"metered_at": reading.until, "cpu_read_s": reading.cpu_read_s}
             await store.change(session, reading.sandbox_id, ALIVE, values)
         for row in hours.values():
             await self._add(session, row)
-
-    async def count_sandbox(self, session: AsyncSession, project_id: str, at: float) -> None:
-        """Adds one sandbox to the hour in which it was created."""
-        await self._add(session, UsageHour(project_id=project_id, hour=int(at // HOUR_S), sandboxes=1))
 
     async def hours(self, project_id: str, first: int, last: int) -> Sequence[UsageHour]:
         """The project's use from hour `first` up to but without `last`, up to this moment."""
@@ -156,3 +156,4 @@ def _put_back(live: LiveSandbox, reading: Reading) -> None:
     live.metered.bytes_in -= reading.bytes_in
     live.metered.bytes_out -= reading.bytes_out
     live.metered.execs -= reading.execs
+    live.metered.first = bool(reading.sandboxes)
