@@ -1,4 +1,4 @@
-"""The drivers that the contract is checked on. A new driver adds its name to `runtime`'s parameters."""
+"""The drivers that the contract is checked on. A new driver adds its name to RUNTIMES in sandbox.py."""
 
 import os
 import shutil
@@ -11,6 +11,7 @@ from sandboxd.kit.settings import Settings
 from sandboxd.runtimes.docker.driver import DockerRuntime
 from sandboxd.runtimes.registry import create_runtime
 from tests import engines
+from tests.conformance.sandbox import RUNTIMES
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +26,7 @@ def runsc_engine(engine) -> Iterator[engines.OwnEngine]:
         yield own
 
 
-@pytest.fixture(params=["runc", "runsc"])
+@pytest.fixture(params=RUNTIMES)
 def settings(engine, request, tmp_path_factory) -> Iterator[Settings]:
     """One installation on an engine with the driver's runtime."""
     extra = {}

@@ -1,12 +1,14 @@
 """What the conformance tests do with a sandbox: make one, run something in it, read its limits."""
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 from sandboxd.agentlink.client import Agent, Event, ExecRequest, Outcome, Output
-from sandboxd.runtimes.base import SandboxSpec
+from sandboxd.runtimes.base import Handle, Phase, SandboxSpec
 from sandboxd.runtimes.docker.driver import DockerRuntime
 
+RUNTIMES = ["runc", "runsc"]
 SANDBOX = "sbx_conformance"
 
 
@@ -88,3 +90,22 @@ class Limits:
 
     def _file(self, controller: str, name: str) -> Path | None:
         return next((Path("/sys/fs/cgroup") / controller).rglob(f"*{self._handle}*/{name}"), None)
+
+
+async def settled(condition: Callable[[], Awaitable[bool]]) -> None:
+    """Waits until it has come true."""
+    for _ in range(1000):
+        if await condition():
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError("it did not come true within 20 s")
+
+
+async def killed(runtime: DockerRuntime, handle: Handle) -> None:
+    """Ends the container from outside, as the operator may."""
+
+    async def has_ended() -> bool:
+        return (await runtime.observe(handle)).phase is Phase.EXITED
+
+    await runtime._engine.call(lambda client: client.kill(handle))
+    await settled(has_ended)

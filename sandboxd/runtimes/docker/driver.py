@@ -179,6 +179,10 @@ class DockerRuntime:
         held = self._held.pop(sandbox_id, None)
         if held is not None:
             await held.link.close()
+        if held is None or held.link.paused:
+            # The signal that ends it arrives when it is thawed; with gVisor the engine waits 10 s for that.
+            with contextlib.suppress(NotFound, AlreadyExists, RuntimeFaultError):
+                await self._engine.call(lambda client: client.unpause(sandbox_id))
         try:
             await self._engine.call(lambda client: client.remove_container(sandbox_id, force=True, v=True))
         except NotFound:

@@ -71,7 +71,7 @@ class Link:
         self._waiting: deque[asyncio.Future[LinkStream]] = deque()
         self._asked = 0
         self._closed = False
-        self._paused = False
+        self.paused = False
 
     async def open(self) -> None:
         """Reads the key that `write_config` left and listens. Raises OSError when the folder is not there."""
@@ -108,9 +108,9 @@ class Link:
     def pause(self) -> None:
         """Hangs up and refuses to dial until `resume`; goes on listening. The agent is frozen, so what is
         still to be sent is dropped: it would wait for ever."""
-        if self._paused:
+        if self.paused:
             return
-        self._paused = True
+        self.paused = True
         for writer in list(self._writers):
             self._writers.discard(writer)
             writer.transport.abort()
@@ -120,11 +120,11 @@ class Link:
 
     def resume(self) -> None:
         """Lets the agent in again, which dials as soon as it finds its connections gone."""
-        self._paused = False
+        self.paused = False
 
     async def dial(self, timeout_s: float) -> LinkStream:
         """A connection that waits, or the next that the agent makes. Raises AgentUnreachableError."""
-        if self._closed or self._paused:
+        if self._closed or self.paused:
             raise self._unreachable(_CLOSED if self._closed else _PAUSED)
         while self._idle:
             reader, writer = self._idle.pop()
@@ -193,7 +193,7 @@ class Link:
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         # A border: whatever the peer does, it costs this connection and nothing else.
-        if self._closed or self._paused:
+        if self._closed or self.paused:
             writer.close()
             return
         self._writers.add(writer)

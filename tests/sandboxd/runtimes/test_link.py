@@ -206,3 +206,41 @@ async def test_what_lies_where_the_socket_should_be_is_replaced_not_followed(tmp
         await link.open()
         assert not (tmp_path / "agent.sock").is_symlink()
         await link.close()
+
+
+async def test_a_paused_link_refuses_at_once_and_serves_again_after_resume(link):
+    async with Peer(link) as control, Peer(link) as waits, Peer(link) as used:
+        await control.prove(protocol.ROLE_CONTROL)
+        await used.prove()
+        stream = await link.dial(2)
+        await waits.prove()
+        await settled(lambda: link.connected)
+        waiting = [asyncio.ensure_future(link.dial(60)) for _ in range(2)]
+        await asyncio.sleep(0.1)
+        link.pause()
+        link.pause()  # again: nothing more
+        # One of them had its connection just before.
+        with pytest.raises(AgentUnreachableError, match="paused"):
+            await waiting[1]
+        assert await (await waiting[0]).reader.read(1) == b""
+        assert await stream.reader.read(1) == b""
+        for peer in (control, waits, used):
+            assert await peer.is_hung_up_on()
+    assert not link.connected
+    with pytest.raises(AgentUnreachableError, match="paused"):
+        await link.dial(60)
+    async with Peer(link) as early:
+        assert await early.is_hung_up_on()
+    link.resume()
+    async with Peer(link) as peer:
+        await peer.prove()
+        (await link.dial(2)).close()
+
+
+async def test_a_peer_that_does_not_read_cannot_hold_up_a_pause(link):
+    async with Peer(link) as peer:
+        await peer.prove()
+        stream = await link.dial(2)
+        stream.writer.write(bytes(8 << 20))
+        link.pause()
+        await asyncio.wait_for(asyncio.gather(stream.writer.wait_closed(), return_exceptions=True), 2)
