@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Query, Response
 
 from sandboxd.identity.auth import CurrentPrincipal
 from sandboxd.kit.errors import BadRequestError
-from sandboxd.kit.http import KEEP_ALIVE, PageQuery, known_query_only, sse_response
+from sandboxd.kit.http import EVENT_STREAM, KEEP_ALIVE, PageQuery, known_query_only, sse_response
 from sandboxd.kit.ids import ID_PATTERN
 from sandboxd.kit.paging import Page, PageParams
 from sandboxd.sandboxes.activity_schemas import EventOut, UsageReportOut
@@ -31,11 +31,15 @@ EventType = Literal[
     "sandbox.failed",
 ]
 Follow = Annotated[
-    bool, Query(description="Stay and send each event when it happens, as server-sent events.")
+    bool,
+    Query(
+        description="Stay and send each event when it happens, as server-sent events.",
+        json_schema_extra={"x-test-by-hand": "the answer has no end"},
+    ),
 ]
 UnixTime = Annotated[int, Query(ge=0, le=2**40)]
 SandboxId = Annotated[str, Query(pattern=ID_PATTERN)]
-_EVENTS: dict[int | str, dict[str, Any]] = {200: {"model": Page[EventOut], "content": {"text/event-stream": {}}}}
+_EVENTS: dict[int | str, dict[str, Any]] = {200: {"model": Page[EventOut], "content": EVENT_STREAM}}
 
 
 def make_router(sandboxes: SandboxService, events: Events, meter: Meter) -> APIRouter:
@@ -59,7 +63,7 @@ def make_router(sandboxes: SandboxService, events: Events, meter: Meter) -> APIR
         type: EventType | None = None,
         follow: Follow = False,
     ) -> Response:
-        """What happened to the project's sandboxes; with `follow`, what happens after `after` or from now on."""
+        """What happened to the project's sandboxes; with `follow`, what happens after `after`, or from now."""
         return await answer(principal.project_id, page, follow, sandbox_id, type)
 
     @router.get("/sandboxes/{sandbox_id}/events", responses=_EVENTS, response_model=None)

@@ -202,6 +202,8 @@ class SandboxService:
             live.paused, live.deadline = False, row.expires_boot_s
             live.touch(self._clock.now())
             self._lifecycle.fail_points.reach(FailPoint.RESUME_RUNNING)
+            for hook in self._lifecycle.on_adopted:
+                hook(live)
         return row
 
     async def _claim(

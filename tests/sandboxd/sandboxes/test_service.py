@@ -249,6 +249,7 @@ async def test_patch_changes_what_is_named_and_only_that(world):
     assert world.node.live.get(row.id).idle_timeout_s == 9
     off = await world.service.update(world.principal, row.id, {"idle_timeout_s": None, "labels": {}})
     assert (off.idle_timeout_s, off.labels) == (None, {})
+    assert (await world.service.update(world.principal, row.id, {})).id == row.id
 
 
 @pytest.mark.parametrize(
