@@ -63,7 +63,7 @@ def make_router(sandboxes: SandboxService, events: Events, meter: Meter) -> APIR
         type: EventType | None = None,
         follow: Follow = False,
     ) -> Response:
-        """What happened to the project's sandboxes; with `follow`, what happens after `after`, or from now."""
+        """What happened to the project's sandboxes; with `follow`, what comes after `after`, or from now."""
         return await answer(principal.project_id, page, follow, sandbox_id, type)
 
     @router.get("/sandboxes/{sandbox_id}/events", responses=_EVENTS, response_model=None)

@@ -7,7 +7,7 @@ from starlette.requests import Request
 
 from sandboxd.identity.auth import CurrentPrincipal
 from sandboxd.identity.service import check_project
-from sandboxd.kit.http import IdempotencyKey, PageQuery, known_query_only, sse_response
+from sandboxd.kit.http import EVENT_STREAM, IdempotencyKey, PageQuery, known_query_only, sse_response
 from sandboxd.kit.paging import Page
 from sandboxd.sandboxes.exec import ExecService
 from sandboxd.sandboxes.exec_schemas import ExecBody, ExecEntryOut, ExecOut, PastExecOut
@@ -17,7 +17,7 @@ from sandboxd.sandboxes.service import SandboxService
 def make_exec_router(sandboxes: SandboxService, execs: ExecService) -> APIRouter:
     router = APIRouter(prefix="/v1/sandboxes", tags=["execs"], dependencies=[Depends(known_query_only)])
 
-    @router.post("/{sandbox_id}/exec", responses={200: {"model": ExecOut}})
+    @router.post("/{sandbox_id}/exec", responses={200: {"model": ExecOut, "content": EVENT_STREAM}})
     async def exec_in_sandbox(
         sandbox_id: str,
         body: ExecBody,
