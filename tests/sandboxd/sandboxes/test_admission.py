@@ -59,7 +59,8 @@ async def test_a_create_waits_for_room_and_a_claim_needs_none(world):
     node.admission.shortage = lambda: shortage
     assert (await node.service.create(world.principal, NewSandbox())).pooled_at is not None
     waiting = asyncio.ensure_future(node.service.create(world.principal, NewSandbox()))
-    while 'admission_waits_total{resource="memory"} 1.0' not in node.metrics.render().decode():
+    waits = 'admission_waits_total{resource="memory"} 1.0'
+    while waits not in node.metrics.render().decode():  # noqa: ASYNC110 - nothing tells of it
         await asyncio.sleep(0)
     assert len(world.runtime.held) == 1
     shortage = None

@@ -55,7 +55,7 @@ async def test_a_create_that_fails_is_told(world):
 async def test_pages_go_both_ways(world):
     await live_a_life(world)
     rows, more = await world.node.events.list(world.principal.project_id, PageParams(limit=4))
-    assert [row.type for row in rows][0] == "sandbox.stopped"
+    assert rows[0].type == "sandbox.stopped"
     rest, more_again = await world.node.events.list(
         world.principal.project_id, PageParams(limit=4, after=rows[-1].id)
     )
@@ -72,18 +72,18 @@ async def test_pages_go_both_ways(world):
 async def test_a_follower_misses_nothing_and_gets_nothing_twice(world):
     await world.service.create(world.principal, NewSandbox())
     rows, _ = await world.node.events.list(world.principal.project_id, ALL)
-    seen = []
+    seen, all_seen = [], asyncio.Event()
 
     async def follow() -> None:
         async for row in await world.node.events.follow(world.principal.project_id, rows[0].id):
-            if row is not None:
-                seen.append(row.type)
+            seen.append(row.type)
+            if len(seen) == 7:
+                all_seen.set()
 
     following = asyncio.ensure_future(follow())
     await live_a_life(world)
     async with asyncio.timeout(10):
-        while len(seen) < 7:
-            await asyncio.sleep(0)
+        await all_seen.wait()
     assert seen == (await types(world))[1:]
     world.node.closing = True
     world.node.events.wake()
