@@ -8,7 +8,7 @@ from typing import Any
 
 from sandboxd.agentlink.client import Event, Failure, Outcome, Output, Started
 from sandboxd.agentlink.errors import AgentRefusedError
-from sandboxd.kit.errors import BadRequestError
+from sandboxd.kit.errors import BadRequestError, SandboxdError
 from sandboxd.sandboxes.errors import BusyError
 from sandboxd.sandboxes.models import Exec
 from sandboxd.sandboxes.states import ExecStatus
@@ -31,8 +31,6 @@ class Run:
         self.kind = kind
         self.started_at = started_at
         self.status: ExecStatus | None = None
-        # It had ended before this request came.
-        self.replayed = False
         self.output_bytes = 0
         self._keep_output = keep_output
         self._started = time.perf_counter()
@@ -55,7 +53,6 @@ class Run:
         elif isinstance(event, Outcome):
             self._outcome = event
         elif isinstance(event, Started) and event.resumed:
-            self.replayed = event.finished
             self.started_at -= event.age_s
 
     def result(self) -> dict[str, Any]:
@@ -193,3 +190,14 @@ def refused(error: AgentRefusedError) -> list[Event]:
     if error.agent_code == "cwd_not_found":
         raise BadRequestError(error.message, param="cwd", code="cwd_not_found") from error
     raise BadRequestError(f"the command cannot be started: {error.message}", code=error.agent_code) from error
+
+
+def add_refusal(run: Run, error: AgentRefusedError) -> bool:
+    """Adds what a refusal comes to, if that is a result; False otherwise."""
+    try:
+        events = refused(error)
+    except SandboxdError:
+        return False
+    for event in events:
+        run.add(event)
+    return True

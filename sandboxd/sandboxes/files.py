@@ -1,6 +1,7 @@
 """Files of a sandbox, read and written by its agent as the tenant; bytes only pass through here."""
 
 from collections.abc import AsyncGenerator, AsyncIterable
+from contextlib import aclosing
 
 from sandboxd.agentlink.errors import AgentRefusedError
 from sandboxd.kit.errors import BadRequestError, ConflictError, SandboxdError
@@ -13,18 +14,32 @@ _WRITABLE = "only /home/user and /tmp can be written"
 async def read(sandbox: LiveSandbox, path: str) -> tuple[int, AsyncGenerator[bytes]]:
     """Size and content. Raises FileNotFound, FileForbiddenError, BadRequestError, ConflictError."""
     try:
-        return await sandbox.agent.read_file(path)
+        size, chunks = await sandbox.agent.read_file(path)
     except AgentRefusedError as error:
         raise _explain(error, sandbox, path) from error
+    return size, _count_out(sandbox, chunks)
 
 
 async def write(sandbox: LiveSandbox, path: str, chunks: AsyncIterable[bytes]) -> tuple[int, bool]:
     """Replaces the file in one step; returns its size and whether it is new. Raises as `read`, and
     DiskFullError: then the file is as it was."""
     try:
-        return await sandbox.agent.write_file(path, chunks)
+        return await sandbox.agent.write_file(path, _count_in(sandbox, chunks))
     except AgentRefusedError as error:
         raise _explain(error, sandbox, path) from error
+
+
+async def _count_out(sandbox: LiveSandbox, chunks: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            sandbox.bytes_out += len(chunk)
+            yield chunk
+
+
+async def _count_in(sandbox: LiveSandbox, chunks: AsyncIterable[bytes]) -> AsyncGenerator[bytes]:
+    async for chunk in chunks:
+        sandbox.bytes_in += len(chunk)
+        yield chunk
 
 
 def _explain(error: AgentRefusedError, sandbox: LiveSandbox, path: str) -> SandboxdError:

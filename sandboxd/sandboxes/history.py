@@ -68,7 +68,8 @@ class History:
         return split(rows, params)
 
     async def ended(self, exec_ids: Iterable[str]) -> set[str]:
-        """Those of the execs whose last status is written."""
+        """Those of the execs whose last status is known."""
+        await self._catch_up()
         async with self._db.read() as session:
             query = select(Exec.id).where(
                 col(Exec.id).in_(list(exec_ids)), col(Exec.status).not_in([str(status) for status in OPEN])
