@@ -1,7 +1,6 @@
 """Entry point of `8080`: puts the command groups together and turns usage errors into exit code 64."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations` where typer reads them: it would compile each from its text again.
 import os
 import sys
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import Abort, TyperException
 
-from e80_cli.commands import apikey, sandbox
+from e80_cli.commands import apikey, history, sandbox
 from e80_cli.commands.doctor import doctor
 from e80_cli.commands.env import env
 from e80_cli.exits import CANCELLED, FAILED, OK, USAGE
@@ -22,6 +21,9 @@ app = typer.Typer(
 )
 app.add_typer(sandbox.group, name="sandbox")
 app.add_typer(apikey.group, name="apikey")
+app.command("events")(history.events)
+app.command("usage")(history.usage)
+app.command("audit")(history.audit)
 app.command("env")(env)
 app.command("doctor")(doctor)
 
@@ -48,6 +50,8 @@ def root(
       8080 sandbox run script.py            create, run, stop; the script's exit code
       id=$(8080 sandbox create)             a sandbox to keep
       8080 sandbox exec $id -- ls -la
+      8080 events --follow                  what happens to sandboxes
+      8080 usage --from 7d                  what they used
       8080 doctor                           what is wrong, and how to fix it
     """
     context.obj = Login(base_url, api_key, patience_s)

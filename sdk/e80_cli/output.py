@@ -10,11 +10,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import typer
-from e80_sdk.errors import AuthenticationError, ConnectionFailedError, E80Error
+from e80_sdk.errors import (
+    AuthenticationError,
+    ConnectionFailedError,
+    E80Error,
+    IdempotencyReplayedError,
+    SandboxPausedError,
+)
 
 _HINTS: dict[type[E80Error], str] = {
     AuthenticationError: "run `8080 apikey set -` or set _8080_API_KEY; `8080 doctor` checks both",
     ConnectionFailedError: "start it with `scripts/up`, set _8080_BASE_URL, or run `8080 doctor`",
+    SandboxPausedError: "let it go on with `8080 sandbox resume`",
+    IdempotencyReplayedError: "the answer got lost: revoke that key with `8080 apikey revoke`, make another",
 }
 
 
@@ -32,6 +40,10 @@ class Output:
     def line(self, text: str) -> None:
         """A line on stdout."""
         sys.stdout.write(f"{text}\n")
+
+    def flush(self) -> None:
+        """Let a reader see what was printed so far."""
+        sys.stdout.flush()
 
     def raw(self, stream: str, data: bytes) -> None:
         """A program's bytes, as they are and at once."""
@@ -82,6 +94,14 @@ class Output:
         for row in rows:
             grid.add_row(*row)
         console.Console(highlight=False, markup=False).print(grid)
+
+    def rows(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A table on a terminal; in a pipe, a line for each row, its values parted by tabs."""
+        if self.on_terminal:
+            self.table(columns, rows)
+            return
+        for row in rows:
+            self.line("\t".join(row))
 
     def fields(self, pairs: Mapping[str, str]) -> None:
         """Names and values, one a line."""

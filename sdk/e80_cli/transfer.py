@@ -136,9 +136,7 @@ class _Body:
         if self._begun:
             # What is gone from a pipe cannot be sent again, and the rest alone would look like the file.
             if not self._file.seekable():
-                raise E80Error(
-                    "the server asked for stdin a second time; copy a file instead", code="local_file"
-                )
+                raise E80Error("stdin cannot be read a second time; copy a file instead", code="local_file")
             self._file.seek(len(self._first))
         return self._pieces()
 

@@ -1,8 +1,12 @@
-"""What the words of a command line mean: pairs, variables, seconds, text. A wrong one is a usage error."""
+"""What the words of a command line mean: pairs, variables, seconds, times, text. A wrong one is a usage
+error."""
 
 from __future__ import annotations
 
 import os
+import re
+import time
+from datetime import datetime
 
 import typer
 
@@ -33,6 +37,20 @@ def seconds(option: str, text: str) -> float | None:
         return float(text)
     except ValueError:
         raise typer.BadParameter(f"{text!r} is neither a number nor `none`", param_hint=option) from None
+
+
+def instant(option: str, text: str) -> float:
+    """A time as Unix seconds: those themselves, `24h` (so long ago), or a day or time of this clock."""
+    ago = re.fullmatch(r"(\d+)([smhd])", text)
+    if ago:
+        return time.time() - int(ago[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[ago[2]]
+    try:
+        return (
+            float(text) if re.fullmatch(r"\d{5,}(\.\d+)?", text) else datetime.fromisoformat(text).timestamp()
+        )
+    except ValueError:
+        message = f"{text!r} is no time; write 2026-11-21, 2026-11-21T08:00, 24h (ago) or Unix seconds"
+        raise typer.BadParameter(message, param_hint=option) from None
 
 
 def text_of(what: str, data: bytes) -> str:

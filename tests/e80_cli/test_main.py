@@ -30,9 +30,11 @@ def all_commands() -> list[tuple[str, ...]]:
 
 
 def test_the_commands_of_this_version() -> None:
-    sandbox = [("sandbox", name) for name in ("create", "list", "get", "stop", "exec", "run", "cp")]
+    lives = ("create", "list", "get", "stop", "pause", "resume", "update")
+    sandbox = [("sandbox", name) for name in (*lives, "exec", "execs", "run", "cp")]
+    history = [("events",), ("usage",), ("audit",)]
     apikey = [("apikey", name) for name in ("set", "list", "create", "revoke")]
-    assert sorted(all_commands()) == sorted([("env",), ("doctor",), *sandbox, *apikey])
+    assert sorted(all_commands()) == sorted([("env",), ("doctor",), *history, *sandbox, *apikey])
 
 
 @pytest.mark.parametrize("path", [(), ("sandbox",), ("apikey",), *all_commands()], ids=" ".join)

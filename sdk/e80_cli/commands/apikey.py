@@ -1,7 +1,5 @@
 """`8080 apikey`: the keys of the project, and the one this machine uses."""
 
-from __future__ import annotations
-
 import sys
 import time
 from typing import TYPE_CHECKING, Annotated, Any
@@ -76,7 +74,7 @@ def list_keys(context: typer.Context, as_json: AsJson = False) -> int:
     """
     output = Output(as_json=as_json)
 
-    async def work(client: AsyncEighty80) -> int:
+    async def work(client: "AsyncEighty80") -> int:
         found = [key async for key in client.api.pages("/v1/apikeys", {})]
         if as_json:
             output.data({"object": "list", "data": found})
@@ -107,8 +105,8 @@ def create(
     """
     output = Output(as_json=as_json)
 
-    async def work(client: AsyncEighty80) -> int:
-        made = await client.request("POST", "/v1/apikeys", {"name": name})
+    async def work(client: "AsyncEighty80") -> int:
+        made = await client.request("POST", "/v1/apikeys", {"name": name}, idempotency_key=True)
         if as_json:
             output.data(made)
         else:
@@ -138,7 +136,7 @@ def revoke(
         output.warn("nothing was revoked")
         return CANCELLED
 
-    async def work(client: AsyncEighty80) -> int:
+    async def work(client: "AsyncEighty80") -> int:
         code = OK
         for key_id in ids:
             try:

@@ -1,7 +1,5 @@
 """`8080 doctor`: what works and what does not, with a fix per line; this machine first, then the server."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -58,7 +56,7 @@ def doctor(
     else:
         checks += _local_checks(connection)
 
-        async def work(client: AsyncEighty80) -> int:
+        async def work(client: "AsyncEighty80") -> int:
             await _server_checks(client, checks, isolation)
             return OK
 
@@ -102,7 +100,7 @@ def _permissions(path: Path) -> Iterator[Check]:
         yield Check("permissions", "ok", str(path), f"mode {mode:04o}")
 
 
-async def _server_checks(client: AsyncEighty80, checks: list[Check], isolation: dict[str, Any]) -> None:
+async def _server_checks(client: "AsyncEighty80", checks: list[Check], isolation: dict[str, Any]) -> None:
     started = time.perf_counter()
     try:
         health = await client.health()

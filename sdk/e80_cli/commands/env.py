@@ -1,7 +1,5 @@
 """`8080 env`: the variables that other programs read."""
 
-from __future__ import annotations
-
 import shlex
 from typing import Annotated
 

@@ -1,18 +1,35 @@
 """`8080 sandbox`: create, list, get and stop sandboxes; run programs in them; copy files."""
 
-from __future__ import annotations
-
 import sys
 import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from e80_sdk.errors import E80Error
 from e80_sdk.options import SandboxOptions
 
 from e80_cli import transfer
+from e80_cli.amounts import moment, span
+from e80_cli.amounts import pairs as words_of
+from e80_cli.batch import for_each
+from e80_cli.commands import changes, history
+from e80_cli.commands.options import (
+    AsJson,
+    Cpu,
+    Disk,
+    Env,
+    ExecTimeout,
+    IdleTimeout,
+    Image,
+    Label,
+    LifeTime,
+    Limit,
+    Memory,
+    SandboxId,
+    SandboxIds,
+    Stdin,
+)
 from e80_cli.execution import follow
-from e80_cli.exits import FAILED, OK, PLATFORM_FAILED, exit_code_of
+from e80_cli.exits import FAILED, OK, PLATFORM_FAILED
 from e80_cli.output import Output
 from e80_cli.script import Script
 from e80_cli.session import run, show_help
@@ -26,24 +43,11 @@ RUN_GRACE_S = 60
 """How much longer than its program a sandbox of `run` may live, should nobody be left to stop it."""
 
 group = typer.Typer(
-    help="Create sandboxes, run programs in them, copy files.",
+    help="Create sandboxes, run programs in them, copy files, pause and change them.",
     rich_markup_mode=None,
     invoke_without_command=True,
     callback=show_help,
 )
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-SandboxId = Annotated[str, typer.Argument(help="Id of a sandbox.", metavar="ID")]
-Image = Annotated[str | None, typer.Option("--image", help="Image to start from.")]
-Cpu = Annotated[int | None, typer.Option("--cpu-mhz", help="CPU in MHz; 2500 is one core.")]
-Memory = Annotated[int | None, typer.Option("--memory-size-mb", help="Memory limit.")]
-Disk = Annotated[int | None, typer.Option("--disk-size-mb", help="Size of the workspace.")]
-Label = Annotated[list[str] | None, typer.Option("--label", help="Label, KEY=VALUE; repeatable.")]
-Env = Annotated[
-    list[str] | None, typer.Option("--env", "-e", help="Variable, NAME=VALUE, or NAME to pass it on.")
-]
-ExecTimeout = Annotated[float | None, typer.Option("--timeout-s", help="Limit in seconds.")]
-Stdin = Annotated[bool, typer.Option("--stdin", "-i", help="Pass stdin (text) on.")]
 
 
 @group.command("create")
@@ -53,10 +57,8 @@ def create(
     cpu_mhz: Cpu = None,
     memory_size_mb: Memory = None,
     disk_size_mb: Disk = None,
-    timeout_s: Annotated[
-        str | None,
-        typer.Option("--timeout-s", help="Life time in seconds, or `none`.", metavar="SECONDS|none"),
-    ] = None,
+    timeout_s: LifeTime = None,
+    idle_timeout_s: IdleTimeout = None,
     label: Label = None,
     env: Env = None,
     as_json: AsJson = False,
@@ -67,6 +69,7 @@ def create(
     Examples:
       id=$(8080 sandbox create)
       8080 sandbox create --image python:3.12 --memory-size-mb 1024 --timeout-s 3600
+      8080 sandbox create --timeout-s none --idle-timeout 600
       8080 sandbox create --label job=42 --env STAGE=test --json
     """
     output = Output(as_json=as_json)
@@ -74,8 +77,10 @@ def create(
     options = _options(image, cpu_mhz, memory_size_mb, disk_size_mb, labels, variables(env))
     if timeout_s is not None:
         options["timeout_s"] = seconds("--timeout-s", timeout_s)
+    if idle_timeout_s is not None:
+        options["idle_timeout_s"] = seconds("--idle-timeout", idle_timeout_s)
 
-    async def work(client: AsyncEighty80) -> int:
+    async def work(client: "AsyncEighty80") -> int:
         info = await client.api.create(options)
         if as_json:
             output.data(info.raw)
@@ -93,7 +98,10 @@ def list_sandboxes(
     status: Annotated[
         str | None, typer.Option("--status", help="Only that status; `all` shows ended ones too.")
     ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="At most so many.")] = None,
+    label: Annotated[
+        list[str] | None, typer.Option("--label", help="Only those with this label, KEY=VALUE; repeatable.")
+    ] = None,
+    limit: Limit = None,
     as_json: AsJson = False,
 ) -> int:
     """List sandboxes, newest first; in a pipe, their ids alone.
@@ -102,13 +110,15 @@ def list_sandboxes(
     Examples:
       8080 sandbox list
       8080 sandbox list --status all --limit 10
+      8080 sandbox list --status paused --label job=42
       8080 sandbox list --json | jq -r '.data[].id'
       8080 sandbox list | xargs 8080 sandbox stop
     """
     output = Output(as_json=as_json)
+    labels = pairs("--label", label)
 
-    async def work(client: AsyncEighty80) -> int:
-        found = await client.api.list(status=status, limit=limit)
+    async def work(client: "AsyncEighty80") -> int:
+        found = await client.api.list(status=status, labels=labels, limit=limit)
         if as_json:
             output.data({"object": "list", "data": [info.raw for info in found]})
         elif output.on_terminal:
@@ -132,7 +142,7 @@ def get(context: typer.Context, sandbox_id: SandboxId, as_json: AsJson = False) 
     """
     output = Output(as_json=as_json)
 
-    async def work(client: AsyncEighty80) -> int:
+    async def work(client: "AsyncEighty80") -> int:
         info = await client.api.get(sandbox_id)
         if as_json:
             output.data(info.raw)
@@ -146,7 +156,7 @@ def get(context: typer.Context, sandbox_id: SandboxId, as_json: AsJson = False) 
 @group.command("stop")
 def stop(
     context: typer.Context,
-    ids: Annotated[list[str], typer.Argument(help="Ids of sandboxes.", metavar="ID...")],
+    ids: SandboxIds,
     as_json: AsJson = False,
 ) -> int:
     """Stop sandboxes and print their ids. One that has ended already is no error.
@@ -158,22 +168,16 @@ def stop(
     """
     output = Output(as_json=as_json)
 
-    async def work(client: AsyncEighty80) -> int:
-        code = OK
-        for sandbox_id in ids:
-            try:
-                info = await client.api.stop(sandbox_id)
-            except E80Error as error:
-                output.error(error)
-                code = exit_code_of(error)
-                continue
-            if as_json:
-                output.data(info.raw)
-            else:
-                output.line(info.id)
-        return code
+    async def work(client: "AsyncEighty80") -> int:
+        return await for_each(ids, client.api.stop, output)
 
     return run(context, output, work)
+
+
+group.command("pause")(changes.pause)
+group.command("resume")(changes.resume)
+group.command("update")(changes.update)
+group.command("execs")(history.execs)
 
 
 @group.command("exec")
@@ -206,7 +210,7 @@ def execute(
     program: dict[str, Any] = {"command": command} if code is None else {"code": code, "language": "python"}
     body = program | _exec_options(cwd, env, timeout_s, stdin)
 
-    async def work(client: AsyncEighty80) -> int:
+    async def work(client: "AsyncEighty80") -> int:
         return await follow(client, sandbox_id, body, output)
 
     return run(context, output, work, platform_failed=PLATFORM_FAILED)
@@ -249,7 +253,7 @@ def run_script(
     if timeout_s is not None:
         options["timeout_s"] = timeout_s + RUN_GRACE_S
 
-    async def work(client: AsyncEighty80) -> int:
+    async def work(client: "AsyncEighty80") -> int:
         async with client.sandbox(**options) as sandbox:
             if program.upload is not None:
                 await client.api.write_file(sandbox.id, program.path, program.upload)
@@ -284,7 +288,7 @@ def copy(
     if origin is not None and as_json and target == "-":
         raise typer.BadParameter("stdout cannot take the file and JSON; name a file", param_hint="TARGET")
 
-    async def work(client: AsyncEighty80) -> int:
+    async def work(client: "AsyncEighty80") -> int:
         if goal is not None:
             path, size = await transfer.upload(client, source, goal)
         else:
@@ -332,34 +336,25 @@ def _exec_options(
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _row(info: SandboxInfo) -> tuple[str, ...]:
+def _row(info: "SandboxInfo") -> tuple[str, ...]:
     status = info.status if info.termination_reason is None else f"{info.status} ({info.termination_reason})"
-    labels = " ".join(f"{name}={value}" for name, value in info.labels.items())
     now = time.time()
-    age = "" if info.created_at is None else _span(now - info.created_at)
-    ends = "" if info.expires_at is None or not info.alive else f"in {_span(info.expires_at - now)}"
-    return (info.id, status, info.image or "", age, ends, labels)
+    age = "" if info.created_at is None else span(now - info.created_at)
+    ends = "" if info.expires_at is None or not info.alive else f"in {span(info.expires_at - now)}"
+    return (info.id, status, info.image or "", age, ends, words_of(dict(info.labels)))
 
 
-def _span(seconds: float) -> str:
-    whole = max(0, int(seconds))
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
-        if whole >= size:
-            return f"{whole // size}{unit}"
-    return f"{whole}s"
-
-
-def _until(info: SandboxInfo) -> str:
-    return "" if info.expires_at is None else f" for {_span(info.expires_at - time.time())}"
+def _until(info: "SandboxInfo") -> str:
+    return "" if info.expires_at is None else f" for {span(info.expires_at - time.time())}"
 
 
 def _shown(name: str, value: Any) -> str:
     if value is None:
         return "-"
     if name.endswith("_at") and isinstance(value, int | float):
-        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value))
+        return moment(value)
     if isinstance(value, dict):
-        return " ".join(f"{key}={item}" for key, item in value.items()) or "-"
+        return words_of(value) or "-"
     if isinstance(value, list):
         return " ".join(map(str, value)) or "-"
     return str(value)
