@@ -22,7 +22,7 @@ import docker
 IMAGE = "e80-test/python:latest"
 RUNSC = "/usr/bin/runsc"
 # ptrace: the test machine may have no KVM. host-uds: the agent dials a socket of the host.
-RUNSC_ARGUMENTS = ["--platform=ptrace", "--network=none", "--host-uds=all"]
+RUNSC_ARGUMENTS = ["--platform=ptrace", "--network=none", "--host-uds=open"]
 _FULL_IMAGE = "e80/default:latest"
 _START_S = 60
 _STOP_S = 60

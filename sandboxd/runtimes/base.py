@@ -65,10 +65,11 @@ class Exited:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a sandbox has used since it was started, and uses now."""
+    """What a sandbox has used since its start, and uses now; and the limit that holds, where it is known."""
 
     cpu_s: float
     memory_mb: float
+    memory_limit_mb: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

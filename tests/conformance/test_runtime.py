@@ -160,6 +160,25 @@ async def test_the_peer_of_a_connection_is_looked_at(runtime):
     assert (await runtime.observe(handle)).phase is Phase.RUNNING
 
 
+async def test_tenant_code_cannot_reach_what_is_the_agents(runtime):
+    await runtime.create(await make_spec(runtime))
+    code = (
+        "import errno, os, socket\n"
+        "def attempt(function, *arguments):\n"
+        "    try: function(*arguments)\n"
+        "    except OSError as error: print(errno.errorcode[error.errno])\n"
+        "    else: print('done')\n"
+        "attempt(socket.socket(socket.AF_UNIX).connect, '/run/e80/agent.sock')\n"
+        "attempt(open, '/run/e80/config.json')\n"
+        "attempt(os.unlink, '/run/e80/agent.sock')\n"
+        "attempt(os.kill, 1, 9)\n"
+        "attempt(open, '/proc/1/mem')\n"
+    )
+    words = (await printed(agent_of(runtime), code)).split()
+    assert words[:2] == ["EACCES", "EACCES"]
+    assert "done" not in words
+
+
 async def test_images_that_cannot_serve_are_told_apart(runtime, settings):
     engine = docker.DockerClient(base_url=settings.docker_url)
     with pytest.raises(ImageNotFoundError, match="no/such"):

@@ -26,16 +26,17 @@ class Cgroup:
 
     def usage(self) -> Usage | None:
         """CPU time since the start and memory now, without the page cache that the kernel would give up
-        first; None when the group is gone. Three small reads."""
+        first; None when the group is gone. A few small reads."""
         try:
             if self.version == 2:
                 cpu_s = _fields(self.accounts / "cpu.stat")["usage_usec"] / 1e6
             else:
                 cpu_s = int((self.accounts / "cpuacct.usage").read_bytes()) / 1e9
             memory = self._memory_bytes() - self._memory_stat("inactive_file")
+            limit = self._memory_limit()
         except (OSError, KeyError, ValueError):
             return None
-        return Usage(cpu_s=cpu_s, memory_mb=max(0, memory) / _MIB)
+        return Usage(cpu_s=cpu_s, memory_mb=max(0, memory) / _MIB, memory_limit_mb=limit)
 
     def pinned_bytes(self) -> int:
         """Memory that a lower limit could not get back: all but what is cached of files. Raises OSError."""
@@ -59,6 +60,11 @@ class Cgroup:
     def _memory_bytes(self) -> int:
         name = "memory.current" if self.version == 2 else "memory.usage_in_bytes"
         return int((self.memory / name).read_bytes())
+
+    def _memory_limit(self) -> int | None:
+        name = "memory.max" if self.version == 2 else "memory.limit_in_bytes"
+        text = (self.memory / name).read_bytes().strip()
+        return None if text == b"max" else int(text) // _MIB
 
     def _memory_stat(self, name: str) -> int:
         # v1 tells its children's part apart.

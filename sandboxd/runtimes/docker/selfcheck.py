@@ -19,6 +19,9 @@ _RUNC_FIXES = [
 ]
 # Debian's backports, from its changelog: the release string that has the fix although the number is lower.
 _DEBIAN_BACKPORTS = {"CVE-2024-21626": "1.1.5+ds1-1+deb12u1"}
+# An older one does not know AT_NO_AUTOMOUNT, which coreutils pass to statx.
+_GVISOR_WITH_LS = "20230101"
+_HOST_UDS = re.compile(r"--?(host-uds=(open|all)|fsgofer-host-uds(=true)?)")
 _GIB = 1024**3
 
 
@@ -40,6 +43,7 @@ def inspect(info: dict[str, Any], settings: Settings) -> Capabilities:
         _loop_devices(),
         _processes(),
         _terminals(),
+        _inotify(info),
         _core_dumps(),
         _memory(info),
         _disk(settings.state_dir),
@@ -76,9 +80,9 @@ def _runtime_version(info: dict[str, Any], runtime: str) -> Check:
         return Check(
             name, "fail", runtime, "the engine does not know this runtime", "register it in daemon.json"
         )
-    if runtime != "runc":
-        return Check(name, "ok", runtime, "registered with the engine")
-    text = _runc_version()
+    if runtime == "runsc":
+        return _gvisor(info["Runtimes"][runtime])
+    text = _version("runc")
     found = re.search(r"(\d+)\.(\d+)\.(\d+)", text)
     if found is None:
         return Check(name, "warn", text, "cannot tell the version of runc", "check its advisories yourself")
@@ -99,14 +103,38 @@ def _runtime_version(info: dict[str, Any], runtime: str) -> Check:
     return Check(name, "ok", f"runc {text}", "no known vulnerability in our list")
 
 
-def _runc_version() -> str:
+def _gvisor(registered: dict[str, Any]) -> Check:
+    """What the engine was told of runsc: the agent has to reach a socket of the host through it."""
+    path, arguments = str(registered.get("path") or ""), registered.get("runtimeArgs") or []
+    if path and not any(_HOST_UDS.fullmatch(str(argument)) for argument in arguments):
+        return Check(
+            "runtime",
+            "fail",
+            " ".join([path, *map(str, arguments)])[:100],
+            "no sandbox can reach the daemon",
+            'add "--host-uds=open" and "--network=none" to its runtimeArgs in daemon.json',
+        )
+    text = _version(path or "runsc")
+    date = re.search(r"20\d{6}", text)
+    if date is None or date.group() < _GVISOR_WITH_LS:
+        return Check(
+            "runtime",
+            "warn",
+            f"runsc {text}",
+            "in builds of 2022 `ls`, `stat` and others fail with EINVAL everywhere; Python is not concerned",
+            "install a newer runsc from gvisor.dev",
+        )
+    return Check("runtime", "ok", f"runsc {text}", "limits of a running sandbox cannot be changed")
+
+
+def _version(program: str) -> str:
     try:
         out = subprocess.run(
-            ["runc", "--version"], capture_output=True, text=True, timeout=5, check=True
+            [program, "--version"], capture_output=True, text=True, timeout=5, check=True
         ).stdout
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return out.split("\n", 1)[0].removeprefix("runc version ").strip()[:60]
+    return out.split("\n", 1)[0].partition(" version ")[2].strip()[:60] or "unknown"
 
 
 def _seccomp(options: list[str], runtime: str) -> Check:
@@ -206,6 +234,20 @@ def _terminals() -> Check:
             "sysctl kernel.pty.max=1048576",
         )
     return Check("pty_max", "ok", str(most), "room for many sandboxes")
+
+
+def _inotify(info: dict[str, Any]) -> Check:
+    # The shim of each container waits for its memory events with one of root's, on v2 only.
+    most = int(Path("/proc/sys/fs/inotify/max_user_instances").read_text())
+    if most < 1024 and str(info.get("CgroupVersion")) == "2":
+        return Check(
+            "inotify",
+            "warn",
+            str(most),
+            "each sandbox takes one of root's inotify instances",
+            "sysctl fs.inotify.max_user_instances=8192",
+        )
+    return Check("inotify", "ok", str(most), "instances of root's; sandboxes have users of their own")
 
 
 def _core_dumps() -> Check:

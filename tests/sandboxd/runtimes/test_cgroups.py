@@ -15,12 +15,13 @@ def test_v1(tmp_path):
     memory = tmp_path / "memory/docker/abc"
     (tmp_path / "cpuacct/docker/abc/cpuacct.usage").write_text("2500000000\n")
     (memory / "memory.usage_in_bytes").write_text(f"{100 << 20}\n")
+    (memory / "memory.limit_in_bytes").write_text(f"{512 << 20}\n")
     (memory / "memory.stat").write_text(
         f"inactive_file 1\ntotal_inactive_file {30 << 20}\ntotal_active_file {20 << 20}\n"
     )
     group = cgroups.parse(V1, tmp_path)
     assert group is not None
-    assert group.usage() == cgroups.Usage(cpu_s=2.5, memory_mb=70)
+    assert group.usage() == cgroups.Usage(cpu_s=2.5, memory_mb=70, memory_limit_mb=512)
     assert group.pinned_bytes() == 50 << 20
     group.limit_cpu(25_000)
     assert (tmp_path / "cpu/docker/abc/cpu.cfs_quota_us").read_text() == "25000"
@@ -38,17 +39,20 @@ def test_v2(tmp_path):
     folder = tmp_path / "system.slice/docker-abc.scope"
     folder.mkdir(parents=True)
     (folder / "cpu.stat").write_text("usage_usec 1500000\nuser_usec 1\n")
+    (folder / "memory.max").write_text(f"{512 << 20}\n")
     (folder / "memory.current").write_text(f"{100 << 20}\n")
     (folder / "memory.stat").write_text(f"anon 5\ninactive_file {10 << 20}\nactive_file {20 << 20}\n")
     group = cgroups.parse(V2, tmp_path)
     assert group is not None
-    assert group.usage() == cgroups.Usage(cpu_s=1.5, memory_mb=90)
+    assert group.usage() == cgroups.Usage(cpu_s=1.5, memory_mb=90, memory_limit_mb=512)
     assert group.pinned_bytes() == 70 << 20
+    (folder / "memory.max").write_text("max\n")
+    assert group.usage() == cgroups.Usage(cpu_s=1.5, memory_mb=90)
     group.limit_cpu(25_000)
     assert (folder / "cpu.max").read_text() == "25000 50000"
     group.limit_socket_memory()
     assert sorted(file.name for file in folder.iterdir()) == [
-        "cpu.max", "cpu.stat", "memory.current", "memory.stat"
+        "cpu.max", "cpu.stat", "memory.current", "memory.max", "memory.stat"
     ]  # fmt: skip
 
 
