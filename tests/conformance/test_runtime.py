@@ -6,6 +6,7 @@ import dataclasses
 import io
 import os
 import tarfile
+from collections.abc import AsyncIterator
 
 import docker
 import pytest
@@ -177,6 +178,45 @@ async def test_tenant_code_cannot_reach_what_is_the_agents(runtime):
     words = (await printed(agent_of(runtime), code)).split()
     assert words[:2] == ["EACCES", "EACCES"]
     assert "done" not in words
+
+
+async def test_what_an_exec_started_ends_with_it(runtime):
+    await runtime.create(await make_spec(runtime))
+    agent = agent_of(runtime)
+    start = (
+        "import os, signal, sys, time\n"
+        "if os.fork(): time.sleep(0.3); sys.exit()\n"
+        "os.setsid()\n"
+        "if os.fork(): os._exit(0)\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "open('pid', 'w').write(str(os.getpid()))\n"
+        "time.sleep(600)\n"
+    )
+    await printed(agent, start)
+    look = (
+        "import os\ntry: os.kill(int(open('pid').read()), 0); print('alive')\nexcept OSError: print('gone')"
+    )
+    assert await printed(agent, look, "exec_2") == "gone\n"
+
+
+async def test_files_and_commands(runtime):
+    await runtime.create(await make_spec(runtime))
+    agent = agent_of(runtime)
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for _ in range(16):
+            yield bytes(65536)
+
+    assert await agent.write_file("/home/user/a/big", chunks()) == (1 << 20, True)
+    size, content = await agent.read_file("/home/user/a/big")
+    assert size == 1 << 20
+    assert b"".join([chunk async for chunk in content]) == bytes(1 << 20)
+    command = dataclasses.replace(
+        request("", "exec_1"), code=None, argv=("bash", "-c", "cat; id -u; echo $((6*7))"), stdin=b"hi\n"
+    )
+    data, outcome = await output(agent.run(command))
+    assert data.split() == [b"hi", b"233000", b"42"]
+    assert outcome.exit_code == 0
 
 
 async def test_images_that_cannot_serve_are_told_apart(runtime, settings):
