@@ -107,6 +107,47 @@ def test_output_comes_live(cli: Cli) -> None:
     program.communicate(timeout=30)
 
 
+def test_output_goes_on_over_restarts(cli_alone: Cli, own_daemon: "Daemon") -> None:
+    env = {"_8080_BASE_URL": own_daemon.base_url, "_8080_API_KEY": own_daemon.api_key}
+    cli_alone.env |= env
+    sandbox_id = cli_alone("sandbox", "create").stdout.decode().strip()
+    script = "echo ran >> runs; for i in $(seq 300); do echo $i; echo e$i >&2; sleep 0.03; done; exit 9"
+    program = cli_alone.start("sandbox", "exec", sandbox_id, "--", "bash", "-c", script)
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
+        time.sleep(1)
+        own_daemon.stop(number)
+        own_daemon.start()
+    out, err = program.communicate(timeout=60)
+    assert program.returncode == 9
+    assert out.decode() == "".join(f"{i}\n" for i in range(1, 301))
+    assert err.decode() == "".join(f"e{i}\n" for i in range(1, 301))
+    assert cli_alone("sandbox", "exec", sandbox_id, "--", "cat", "runs").stdout == b"ran\n"
+
+
+def test_pause_update_and_what_happened(cli: Cli) -> None:
+    sandbox_id = cli("sandbox", "create", "--idle-timeout", "100").stdout.decode().strip()
+    try:
+        assert b"idle_timeout_s      100" in cli("sandbox", "get", sandbox_id).stdout
+        assert cli("sandbox", "pause", sandbox_id).returncode == 0
+        done = cli("sandbox", "exec", sandbox_id, "--", "true")
+        assert done.returncode == 125
+        assert b"8080 sandbox resume" in done.stderr
+        assert sandbox_id in cli("sandbox", "list", "--status", "paused").stdout.decode().split()
+        assert cli("sandbox", "resume", sandbox_id).returncode == 0
+        assert cli("sandbox", "update", sandbox_id, "--timeout-s", "400", "--label", "x=y").returncode == 0
+        assert sandbox_id in cli("sandbox", "list", "--label", "x=y").stdout.decode().split()
+        assert cli("sandbox", "exec", sandbox_id, "--", "true").returncode == 0
+    finally:
+        cli("sandbox", "stop", sandbox_id)
+    shown = cli("events", "--sandbox", sandbox_id).stdout.decode()
+    assert "sandbox.paused" in shown
+    assert "sandbox.stopped" in shown
+    assert len(cli("sandbox", "execs", sandbox_id).stdout.split()) == 1
+    assert json.loads(cli("usage", "--json").stdout)["total"]["sandboxes"] >= 1
+    assert cli("usage", "--from", "24h", "--bucket", "hour").stdout.splitlines()[-1].startswith(b"total\t")
+    assert json.loads(cli("audit", "--json", "--limit", "3").stdout)["data"]
+
+
 def test_keys(cli: Cli) -> None:
     made = json.loads(cli("apikey", "create", "for-a-test", "--json").stdout)
     assert made["id"] in cli("apikey", "list").stdout.decode().split()

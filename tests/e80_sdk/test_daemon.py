@@ -1,9 +1,12 @@
 """The SDK against a real daemon on a real engine."""
 
 import asyncio
+import random
+import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,8 +15,11 @@ from e80_sdk import (
     BadRequestError,
     Eighty80,
     ExecResult,
+    IdempotencyConflictError,
     NotFoundError,
+    Sandbox,
     SandboxNotRunningError,
+    SandboxPausedError,
     eighty80_app,
 )
 
@@ -35,6 +41,14 @@ def login(daemon: "Daemon", monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 @pytest.fixture
 def client(login: None) -> Iterator[Eighty80]:
     with Eighty80() as made:
+        yield made
+
+
+@pytest.fixture
+def own_client(own_daemon: "Daemon", monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Eighty80]:
+    """A client of a daemon that the test may kill."""
+    monkeypatch.setenv("_8080_CONFIG_DIR", str(tmp_path))
+    with Eighty80(own_daemon.api_key, own_daemon.base_url) as made:
         yield made
 
 
@@ -155,17 +169,112 @@ def test_sandboxes_by_id(client: Eighty80) -> None:
     assert made.id in [one.id for one in client.sandboxes.list(status="all", limit=50)]
 
 
-def test_calls_wait_for_a_daemon_that_restarts(
-    own_daemon: "Daemon", monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("_8080_CONFIG_DIR", str(tmp_path))
-    with Eighty80(own_daemon.api_key, own_daemon.base_url) as client, client.sandbox() as sandbox:
+def test_pause_update_and_what_happened(client: Eighty80) -> None:
+    with client.sandbox(idle_timeout_s=100, labels={"test": "sdk-life"}) as sandbox:
+        sandbox.run("echo 1 > kept")
+        assert sandbox.pause().status == "paused"
+        assert [one.id for one in client.sandboxes.list(status="paused", labels={"test": "sdk-life"})] == [
+            sandbox.id
+        ]
+        with pytest.raises(SandboxPausedError):
+            sandbox.run("true")
+        assert sandbox.resume().status == "running"
+        changed = sandbox.update(timeout_s=500, idle_timeout_s=None, memory_size_mb=300, labels={"a": "b"})
+        assert (changed.timeout_s, changed.idle_timeout_s) == (500, None)
+        assert (changed.memory_size_mb, changed.labels) == (300, {"a": "b"})
+        result = sandbox.run("cat kept", idempotency_key="cat-1")
+        assert result == "1\n"
+        again = sandbox.run("cat kept", idempotency_key="cat-1")
+        assert (again.id, str(again)) == (result.id, "1\n")
+        with pytest.raises(IdempotencyConflictError):
+            sandbox.run("cat other", idempotency_key="cat-1")
+        assert sandbox.get_exec(result.id) == "1\n"
+        deadline = time.monotonic() + 5  # the history is written in groups
+        while len(sandbox.execs()) < 2:
+            assert time.monotonic() < deadline
+        assert result.id in [one.id for one in sandbox.execs()]
+        kinds = [event.type for event in sandbox.events()]
+        assert kinds[0] == "sandbox.created"
+        assert [
+            kind for kind in kinds if kind in ("sandbox.paused", "sandbox.resumed", "sandbox.updated")
+        ] == [
+            "sandbox.paused",
+            "sandbox.resumed",
+            "sandbox.updated",
+        ]
+    assert "sandbox.stopped" in [event.type for event in client.events(sandbox_id=sandbox.id)]
+    assert client.usage(time.time() - 7200, bucket="hour").total.sandboxes >= 1
+    assert client.audit(limit=5)[0].action
+
+
+def test_events_are_followed_over_a_restart(own_daemon: "Daemon", own_client: Eighty80) -> None:
+
+    def watch() -> list[str | None]:
+        following = own_client.events(follow=True, type="sandbox.created", limit=4)
+        return [event.sandbox_id for event in following]
+
+    with ThreadPoolExecutor() as pool:
+        watching = pool.submit(watch)
+        time.sleep(1)
+        made = [own_client.sandboxes.create() for _ in range(2)]
+        own_daemon.stop(signal.SIGKILL)
+        own_daemon.start()
+        made += [own_client.sandboxes.create() for _ in range(2)]
+        assert watching.result(30) == [sandbox.id for sandbox in made]
+
+
+def test_restarts_cost_time_and_nothing_else(own_daemon: "Daemon", own_client: Eighty80) -> None:
+    """Creates and execs of three kinds go on while the daemon is killed three times and stopped once."""
+    over = threading.Event()
+
+    def work() -> int:
+        n = 0
+        with own_client.sandbox() as kept:
+            while not over.is_set():
+                _work(own_client, kept, n)
+                n += 1
+            ran = kept.read_file("runs").decode().split()
+        assert ran == [f"{kind}{one}" for one in range(n) for kind in ("plain", "stream")]
+        return n
+
+    chance = random.Random(8080)
+    with ThreadPoolExecutor() as pool:
+        workers = [pool.submit(work) for _ in range(3)]
+        try:
+            for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGKILL):
+                time.sleep(chance.uniform(1.5, 3))
+                own_daemon.stop(number)
+                own_daemon.start()
+            time.sleep(1)
+        finally:
+            over.set()
+        assert all(worker.result(120) > 3 for worker in workers)
+    assert own_client.sandboxes.list() == []
+
+
+def _work(client: Eighty80, kept: Sandbox, n: int) -> None:
+    """A sandbox of its own, and two programs in one that stays; each leaves a line behind when it runs."""
+    with client.sandbox(labels={"round": str(n)}) as sandbox:
+        assert sandbox.run_python(f"print({n} * 6)") == f"{n * 6}\n"
+    result = kept.run(f"echo plain{n} >> runs; sleep 0.2; echo {n}; exit 3")
+    assert (result.stdout, result.exit_code) == (f"{n}\n", 3)
+    heard: list[bytes] = []
+    program = (
+        f"echo stream{n} >> runs; for i in $(seq 200); do echo line $i; echo err $i >&2; sleep 0.005; done"
+    )
+    result = kept.run(program, on_stdout=lambda chunk: heard.append(chunk.data))
+    assert b"".join(heard).decode() == result.stdout == "".join(f"line {i}\n" for i in range(1, 201))
+    assert result.stderr == "".join(f"err {i}\n" for i in range(1, 201))
+
+
+def test_calls_wait_for_a_daemon_that_restarts(own_daemon: "Daemon", own_client: Eighty80) -> None:
+    with own_client.sandbox() as sandbox:
         sandbox.write_file("kept", "still here")
         own_daemon.stop()
         starting = threading.Thread(target=own_daemon.start)
         starting.start()
         try:
             assert sandbox.run("cat kept") == "still here"
-            assert [one.id for one in client.sandboxes.list()] == [sandbox.id]
+            assert [one.id for one in own_client.sandboxes.list()] == [sandbox.id]
         finally:
             starting.join()
