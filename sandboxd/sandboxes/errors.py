@@ -22,9 +22,12 @@ class SandboxNotRunningError(ConflictError):
 
     def __init__(self, sandbox_id: str, status: str, reason: str | None) -> None:
         because = f" (termination_reason: {reason})" if reason else ""
+        paused = status == "paused"
         super().__init__(
-            f"Sandbox {sandbox_id} is {status}{because}; this needs a running one. Create a new sandbox.",
+            f"Sandbox {sandbox_id} is {status}{because}; this needs a running one. "
+            f"{'Resume it first' if paused else 'Create a new sandbox'}.",
             param="id",
+            code="sandbox_paused" if paused else None,
         )
 
 
