@@ -315,10 +315,11 @@ class SandboxService:
 
     async def _held(self, project_id: str, sandbox_id: str) -> tuple[Sandbox, LiveSandbox]:
         """A sandbox that runs or is paused, with what is in memory of it."""
+        # In this order: a stop marks the row before it forgets what is in memory.
+        live = self.live.find(project_id, sandbox_id)
         row = await self.get(project_id, sandbox_id)
         if row.status not in (Status.RUNNING, Status.PAUSED):
             raise SandboxNotRunningError(row.id, row.status, row.termination_reason)
-        live = self.live.find(project_id, sandbox_id)
         if live is None:
             raise UnavailableError(f"Sandbox {row.id} is not taken up yet after a restart; try again.")
         return row, live
