@@ -85,7 +85,8 @@ class AgentFiles:
         return Image(ref=ref, digest=digest, python=str(facts.get("python"))[:20])
 
     async def _compile(self, ref: str, digest: str, folder: Path) -> None:
-        name = f"sandboxd-prepare-{self._hash[:12]}-{digest.removeprefix('sha256:')[:12]}"
+        # Of this state folder: two installations on one engine must not remove each other's.
+        name = f"sandboxd-prepare-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:24]}"
         config = {
             "Image": digest,
             "Entrypoint": ["python3", "-I", "-S", "-c", _PREPARE % (MIN_PYTHON,)],
@@ -133,8 +134,8 @@ class AgentFiles:
         async def remove() -> None:
             try:
                 await self._engine.call(lambda client: client.remove_container(name, force=True))
-            except NotFound:
-                return
+            except (NotFound, AlreadyExists):
+                return  # it is gone, or its removal is already in progress
 
         return remove
 
