@@ -90,10 +90,17 @@ class Exec:
 class Execs:
     """The execs of this sandbox."""
 
-    def __init__(self, loop: Loop, tenant: Tenant, own_pids: Callable[[], Iterable[int]]) -> None:
+    def __init__(
+        self,
+        loop: Loop,
+        tenant: Tenant,
+        own_pids: Callable[[], Iterable[int]],
+        remembered: int = REMEMBERED,
+    ) -> None:
         self._loop = loop
         self._tenant = tenant
         self._own_pids = own_pids
+        self._remembered = remembered
         self._by_id: Dict[str, Exec] = {}
         self._finished: Deque[Exec] = collections.deque()
         self._gone: Dict[int, None] = {}
@@ -353,7 +360,7 @@ class Execs:
     def _remember(self, exec_id: str) -> None:
         """So that a retry that comes late is told that it ran, instead of running it again. Hashes only, and
         only of execs with a key: every other id is random, and nobody sends it twice."""
-        if len(self._gone) >= REMEMBERED:
+        if len(self._gone) >= self._remembered:
             self._gone, self._gone_before = {}, self._gone
         self._gone[hash(exec_id)] = None
 
