@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
-from e80_sdk.errors import E80Error
+from e80_sdk.errors import E80Error, ServerError
 from e80_sdk.execs import ExecApi
 from e80_sdk.history import HistoryApi
 from e80_sdk.options import SandboxChanges, SandboxOptions, changes_body, sandbox_body
@@ -21,6 +21,8 @@ from e80_sdk.transport import Content, Params, Request, Transport
 
 CREATE_TIMEOUT_S = 300.0
 """A cold create may have to fetch an image."""
+POLL_S = 0.2
+MOST_STILLBORN = 4
 FILE_TIMEOUT_S = 120.0
 """The longest silence in a file transfer."""
 ABANDON_S = 15.0
@@ -54,22 +56,35 @@ class SandboxApi:
             idempotency_key=options.get("idempotency_key") or True,
             timeout_s=CREATE_TIMEOUT_S,
         )
-        creating = asyncio.get_running_loop().create_task(self.transport.send(request))
+        creating = asyncio.get_running_loop().create_task(self._create(request))
         try:
-            answer = await asyncio.shield(creating)
+            return await asyncio.shield(creating)
         except asyncio.CancelledError:
             await undisturbed(self._abandon(creating))
             raise
-        return SandboxInfo.from_body(answer)
 
-    async def _abandon(self, creating: asyncio.Task[dict[str, Any]]) -> None:
+    async def _create(self, request: Request) -> SandboxInfo:
+        """A daemon that dies while it makes a sandbox gives it up when it is back; nobody has worked in it,
+        so another takes its place."""
+        for _ in range(MOST_STILLBORN):
+            info = SandboxInfo.from_body(await self.transport.send(request))
+            polls = 0
+            while info.status == "creating" and polls < CREATE_TIMEOUT_S / POLL_S:
+                await self.transport.sleep(POLL_S)
+                info = await self.get(info.id)
+                polls += 1
+            if info.alive or info.started_at is not None:
+                return info
+        raise ServerError(f"sandbox {info.id} ended before it ran ({info.termination_reason})")
+
+    async def _abandon(self, creating: asyncio.Task[SandboxInfo]) -> None:
         await asyncio.wait([creating], timeout=ABANDON_S)
         if not creating.done():
             creating.cancel()
             await asyncio.wait([creating])
             return
         try:
-            await self.stop(SandboxInfo.from_body(creating.result()).id)
+            await self.stop(creating.result().id)
         except E80Error as exc:
             _log.warning("a sandbox whose create was cancelled may run on until its timeout: %s", exc)
 

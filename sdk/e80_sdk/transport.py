@@ -110,7 +110,7 @@ class Transport:
         self.answered = False
         self._patience = patience or Patience()
         self._on_wait = on_wait
-        self._sleep = sleep
+        self.sleep = sleep
         self._clock = clock
         self._pools: WeakKeyDictionary[asyncio.AbstractEventLoop, _Pool] = WeakKeyDictionary()
         self._lock = threading.Lock()
@@ -140,7 +140,7 @@ class Transport:
             patience = replace(patience, total_s=min(request.patience_s, patience.total_s))
         attempts = Attempts(
             patience,
-            sleep=self._sleep,
+            sleep=self.sleep,
             clock=self._clock,
             on_wait=self._on_wait,
             lasting=request.lasting,

@@ -80,6 +80,8 @@ class FakeServer:
     """What every exec writes, instead of running anything."""
     retry_grace_s: float = 0.3
     """How long a program that nobody follows goes on."""
+    stillborn: int = 0
+    """So many creates are lost to a restart: they are on their way, and then they have failed."""
     create_delay_s: float = 0.0
     cuts: list[tuple[int, str]] = field(default_factory=list)
     """Break one stream each after so many events: `drop` the connection, `end` in good order, or end with an
@@ -208,6 +210,9 @@ def _add_sandboxes(app: FastAPI, fake: FakeServer) -> None:
             "new_field": 1,
         }
         fake.sandboxes[sandbox_id] = made
+        if fake.stillborn:
+            fake.stillborn -= 1
+            made["status"] = "creating"
         if key:
             fake.answers[key] = (body, made)
         note(fake, "created", sandbox_id)
@@ -232,6 +237,8 @@ def _add_sandboxes(app: FastAPI, fake: FakeServer) -> None:
     @app.get("/v1/sandboxes/{sandbox_id}")
     async def get(sandbox_id: str) -> Any:
         found = fake.sandboxes.get(sandbox_id)
+        if found and found["status"] == "creating":
+            found |= {"status": "failed", "termination_reason": "lost"}
         return found or _error(404, "not_found", f"no sandbox {sandbox_id!r}")
 
     @app.post("/v1/sandboxes/{sandbox_id}/stop")

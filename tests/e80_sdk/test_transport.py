@@ -191,6 +191,18 @@ async def test_interrupted_work_is_taken_up_again(fake: FakeServer, waits: Waits
     assert await api.execs.run(info.id, {"command": "echo hi"}) == "hi\n"
 
 
+async def test_a_sandbox_that_a_restart_lost_before_it_ran_is_made_anew(
+    fake: FakeServer, waits: Waits
+) -> None:
+    fake.stillborn = 2
+    info = await make_api(fake.base_url, waits).create({})
+    assert fake.alive() == [info.id]
+    assert len(fake.sandboxes) == 3
+    fake.stillborn = 9
+    with pytest.raises(ServerError, match=r"ended before it ran \(lost\)"):
+        await make_api(fake.base_url, waits).create({})
+
+
 async def test_one_key_for_two_things_is_an_error(fake: FakeServer, waits: Waits) -> None:
     api = make_api(fake.base_url, waits)
     info = await api.create({"idempotency_key": "mine"})
