@@ -122,7 +122,8 @@ async def test_usage_grows_with_work_and_ends_with_the_sandbox(runtime):
     assert before is not None
     await printed(agent, BURN)
     after = await runtime.usage(SANDBOX)
-    assert 0.4 < after.cpu_s - before.cpu_s < 5
+    # gVisor counts the time that it was not given as well, and so ends sooner on a busy machine.
+    assert 0.1 < after.cpu_s - before.cpu_s < 5
     run = agent.run(request(HOLD, "exec_2"))
     async for _ in run:
         break
