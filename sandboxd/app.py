@@ -28,19 +28,21 @@ from sandboxd.kit.settings import Settings
 from sandboxd.kit.tasks import TaskOwner
 from sandboxd.runtimes.base import Capabilities, Runtime
 from sandboxd.runtimes.registry import create_runtime
-from sandboxd.sandboxes import admission, events, usage
+from sandboxd.sandboxes import admission, events, nodes, usage
 from sandboxd.sandboxes.activity_routes import make_router as make_activity_router
 from sandboxd.sandboxes.admission import Admission
 from sandboxd.sandboxes.events import Events
 from sandboxd.sandboxes.exec import ExecService
 from sandboxd.sandboxes.exec_routes import make_exec_router
+from sandboxd.sandboxes.file_routes import make_router as make_files_router
+from sandboxd.sandboxes.forward import ForwardMiddleware
 from sandboxd.sandboxes.history import History
 from sandboxd.sandboxes.jobs import (
     FLUSH_INTERVAL_S,
     GAUGE_INTERVAL_S,
     REAP_INTERVAL_S,
     RETENTION_INTERVAL_S,
-    SWEEP_INTERVAL_S,
+    SWEEP_RETRY_S,
     ExitWatcher,
     Gauges,
     Reaper,
@@ -50,6 +52,7 @@ from sandboxd.sandboxes.jobs import (
 )
 from sandboxd.sandboxes.lifecycle import Lifecycle
 from sandboxd.sandboxes.limits import Limits
+from sandboxd.sandboxes.nodes import Nodes
 from sandboxd.sandboxes.pool import Pool
 from sandboxd.sandboxes.routes import make_router as make_sandboxes_router
 from sandboxd.sandboxes.service import SandboxService
@@ -113,6 +116,7 @@ class Services:
     admission: Admission
     pool: Pool
     events: Events
+    nodes: Nodes
     sandboxes: SandboxService
     execs: ExecService
     # Name -> check that raises when the part cannot serve; /readyz runs them all.
@@ -136,7 +140,10 @@ def create_app(settings: Settings) -> FastAPI:
         redoc_url=None,
         responses=ERROR_RESPONSES,
         generate_unique_id_function=lambda route: route.name,
-        middleware=[Middleware(AuthMiddleware, identity=services.identity)],
+        middleware=[
+            Middleware(AuthMiddleware, identity=services.identity),
+            Middleware(ForwardMiddleware, nodes=services.nodes, live=services.lifecycle.live),
+        ],
     )
     app.state.services = services
     install(
@@ -148,6 +155,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(_make_operations_router(services))
     app.include_router(make_identity_router(services.identity))
     app.include_router(make_sandboxes_router(services.sandboxes))
+    app.include_router(make_files_router(services.sandboxes))
     app.include_router(make_exec_router(services.sandboxes, services.execs))
     app.include_router(make_activity_router(services.sandboxes, services.events, services.lifecycle.meter))
     return app
@@ -206,6 +214,7 @@ def _make_services(settings: Settings) -> Services:
         admission=room,
         pool=pool,
         events=sandbox_events,
+        nodes=Nodes(db, clock, sandbox_events, lifecycle.node_id, settings.node_url),
         sandboxes=sandboxes,
         execs=ExecService(
             settings=settings,
@@ -229,6 +238,7 @@ async def _running(services: Services) -> AsyncIterator[None]:
     try:
         await services.db.migrate()
         await services.lifecycle.take_over()
+        await services.nodes.beat()
         _start_jobs(services)
         if not await _start_sandboxes(services):
             services.tasks.start("sandboxes.start", _keep_starting(services))
@@ -236,12 +246,23 @@ async def _running(services: Services) -> AsyncIterator[None]:
     finally:
         await services.lifecycle.settle(SETTLE_TIMEOUT_S)
         await services.tasks.close()
-        await services.execs.close()
-        await services.identity.flush_last_used()
-        await services.lifecycle.flush_activity()
-        await services.lifecycle.meter.tick()
+        for last in (
+            services.execs.close,
+            services.identity.flush_last_used,
+            services.lifecycle.flush_activity,
+            services.lifecycle.meter.tick,
+        ):
+            await _try_last(last)
         await services.runtime.close()
         await services.db.close()
+
+
+async def _try_last(work: Callable[[], Awaitable[object]]) -> None:
+    """One of the last writes. A store that is away must not keep the rest from being closed."""
+    try:
+        await work()
+    except SandboxdError as error:
+        log.warning("not written before the end", reason=error.message)
 
 
 def _start_jobs(services: Services) -> None:
@@ -257,6 +278,8 @@ def _start_jobs(services: Services) -> None:
     tasks.start("execs.history", services.execs.history.batch.run())
     retention = Retention(services.db, services.clock, services.settings.history_days)
     tasks.every(RETENTION_INTERVAL_S, "sandboxes.retention", retention.tick)
+    tasks.every(nodes.BEAT_INTERVAL_S, "nodes.beat", services.nodes.beat)
+    tasks.every(nodes.LOST_INTERVAL_S, "nodes.lost", services.nodes.give_up_lost)
     tasks.every(admission.INOTIFY_INTERVAL_S, "sandboxes.inotify", services.admission.count_inotify)
 
 
@@ -274,7 +297,7 @@ async def _start_sandboxes(services: Services) -> bool:
         log.warning("sandboxes cannot be served yet", reason=error.message)
         return False
     tasks.every(REAP_INTERVAL_S, "sandboxes.reap", Reaper(lifecycle, services.clock, metrics).tick)
-    tasks.every(SWEEP_INTERVAL_S, "sandboxes.sweep", sweep.run)
+    tasks.every(SWEEP_RETRY_S, "sandboxes.sweep", sweep.tick)
     tasks.start("sandboxes.watch", ExitWatcher(lifecycle, services.runtime, sweep, tasks).run())
     if services.settings.warm_libraries:
         warmer = Warmer(lifecycle)

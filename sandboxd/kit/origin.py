@@ -12,4 +12,5 @@ class Origin:
     client: str | None = None
 
 
-current_origin: ContextVar[Origin] = ContextVar("current_origin", default=Origin())
+_NONE = Origin()
+current_origin: ContextVar[Origin] = ContextVar("current_origin", default=_NONE)

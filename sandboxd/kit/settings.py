@@ -1,6 +1,7 @@
 """Settings from the environment (`SANDBOXD_*`). The only module that reads the environment."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -126,6 +127,13 @@ class Settings(BaseSettings):
         if not value.is_absolute():
             raise ValueError(f"must be an absolute path, not {str(value)!r}")
         return value
+
+    @field_validator("node_url")
+    @classmethod
+    def _http_address(cls, value: str) -> str:
+        if value and not re.fullmatch(r"https?://[^\s/?#@]+/?", value):
+            raise ValueError(f"must be http://host:port or https://host:port, not {value!r}")
+        return value.rstrip("/")
 
     @field_validator("database_url")
     @classmethod

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from sandboxd.sandboxes.admission import Admission
 from sandboxd.sandboxes.errors import SandboxNotFoundError, SandboxNotRunningError
 from sandboxd.sandboxes.events import Events
 from sandboxd.sandboxes.failpoints import FailPoint
-from sandboxd.sandboxes.lifecycle import Lifecycle
+from sandboxd.sandboxes.lifecycle import KEY_SCOPE, Lifecycle
 from sandboxd.sandboxes.limits import Limits, NewSandbox
 from sandboxd.sandboxes.live import LiveSandbox
 from sandboxd.sandboxes.models import Sandbox
@@ -32,7 +33,7 @@ from sandboxd.sandboxes.store import Size
 
 log = structlog.get_logger(__name__)
 
-_SCOPE = "sandbox"
+_POLL_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,12 +181,16 @@ class SandboxService:
             live.paused, live.deadline = True, None
             self._lifecycle.fail_points.reach(FailPoint.PAUSE_MARKED)
             try:
-                await self._freeze(live)
+                await self._lifecycle.freeze(row.id)
             except SandboxdError:
                 live.paused = False
+                # It may be frozen all the same. Should this fail, too, the sweep does it.
+                with suppress(SandboxdError):
+                    await self._lifecycle.thaw(row.id)
                 row = await self._write(principal, row, Status.PAUSED, self._resumed(row), "resume", [])
                 live.deadline = row.expires_boot_s
                 raise
+            self._lifecycle.fail_points.reach(FailPoint.PAUSE_FROZEN)
         return row
 
     async def resume(self, principal: Principal, sandbox_id: str) -> Sandbox:
@@ -195,9 +200,7 @@ class SandboxService:
             row, live = await self._held(principal.project_id, sandbox_id)
             if row.status == Status.RUNNING:
                 return row
-            await self._runtime.resume(row.id)
-            self._lifecycle.fail_points.reach(FailPoint.RESUME_THAWED)
-            await live.agent.timers(run=True)
+            await self._lifecycle.thaw(row.id)
             row = await self._write(principal, row, Status.PAUSED, self._resumed(row), "resume", [])
             live.paused, live.deadline = False, row.expires_boot_s
             live.touch(self._clock.now())
@@ -221,12 +224,13 @@ class SandboxService:
             "created_at": now,
             "started_at": now,
             "last_active_at": now,
+            "last_active_boot_s": self._clock.monotonic(),
             "metered_at": now,
             **self._lifecycle.timer(wanted.timeout_s),
         }
         async with self._db.write() as session:
             await self._check_new(session, principal, size, repeatable)
-            row = await store.claim(session, self._lifecycle.node_id, size, self._pool.gone(), values)
+            row = await store.claim(session, self._lifecycle.node_id, size, self._pool.doubtful(), values)
             if row is None:
                 return None
             await self._record_new(session, principal, row.id, repeatable)
@@ -271,7 +275,7 @@ class SandboxService:
 
         await self._lifecycle.insert(row, also)
         self._pool.asked(size, None)
-        task = self._lifecycle.start(row, self._forget_key(principal, repeatable))
+        task = self._lifecycle.start(row)
         # A client that hangs up, or a drain, must not leave half a sandbox behind.
         return await asyncio.shield(task) if wanted.wait else row
 
@@ -279,7 +283,7 @@ class SandboxService:
         self, session: AsyncSession, principal: Principal, size: Size, repeatable: Repeatable | None
     ) -> None:
         if repeatable is not None:
-            first = await idempotency.find(session, principal.project_id, _SCOPE, repeatable.key)
+            first = await idempotency.find(session, principal.project_id, KEY_SCOPE, repeatable.key)
             if first is not None:
                 idempotency.check_same(first, repeatable.digest)
                 raise _Replay(first.resource_id)
@@ -297,7 +301,7 @@ class SandboxService:
             first = await idempotency.insert(
                 session,
                 project_id=principal.project_id,
-                scope=_SCOPE,
+                scope=KEY_SCOPE,
                 key=repeatable.key,
                 digest=repeatable.digest,
                 resource_id=sandbox_id,
@@ -311,7 +315,14 @@ class SandboxService:
     async def _first_result(self, principal: Principal, sandbox_id: str, *, wait: bool) -> Sandbox:
         """What the first request with a key got, or is about to get."""
         made = await self._lifecycle.result_of(sandbox_id) if wait else None
-        return made or await self.get(principal.project_id, sandbox_id)
+        if made is not None:
+            return made
+        row = await self.get(principal.project_id, sandbox_id)
+        # On its way at another daemon on the same store: it will be told there.
+        while wait and row.status == Status.CREATING and row.node_id != self._lifecycle.node_id:
+            await asyncio.sleep(_POLL_S)
+            row = await self.get(principal.project_id, sandbox_id)
+        return row
 
     async def _held(self, project_id: str, sandbox_id: str) -> tuple[Sandbox, LiveSandbox]:
         """A sandbox that runs or is paused, with what is in memory of it."""
@@ -355,15 +366,6 @@ class SandboxService:
     def _resumed(self, row: Sandbox) -> dict[str, Any]:
         return {"status": Status.RUNNING, "remaining_s": None, **self._lifecycle.timer(row.remaining_s)}
 
-    async def _freeze(self, live: LiveSandbox) -> None:
-        try:
-            await live.agent.timers(run=False)
-        except SandboxdError as error:
-            # It may be too busy to answer; then its execs' time goes on, and the freeze is what counts.
-            log.warning("pause.timers_go_on", sandbox_id=live.id, reason=error.message)
-        await self._runtime.pause(live.id)
-        self._lifecycle.fail_points.reach(FailPoint.PAUSE_FROZEN)
-
     async def _write(
         self,
         principal: Principal,
@@ -384,16 +386,6 @@ class SandboxService:
             raise SandboxNotRunningError(row.id, row.status, row.termination_reason)
         self._events.wake()
         return row
-
-    def _forget_key(self, principal: Principal, repeatable: Repeatable | None) -> Any:
-        """After a create that failed its key is free again: the next try may succeed."""
-        if repeatable is None:
-            return None
-
-        async def forget(session: AsyncSession) -> None:
-            await idempotency.release(session, principal.project_id, _SCOPE, repeatable.key)
-
-        return forget
 
 
 _PAST = {"update": "updated", "pause": "paused", "resume": "resumed"}

@@ -1,0 +1,150 @@
+"""Hands requests for a sandbox on to the daemon that holds it, where several share one store: a client may
+talk to any of them."""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+
+import httpx2
+import structlog
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from sandboxd.kit.errors import SandboxdError, UnavailableError
+from sandboxd.kit.http import error_response
+from sandboxd.kit.ids import ID_PATTERN
+from sandboxd.sandboxes.live import LiveSandboxes
+from sandboxd.sandboxes.nodes import Nodes
+
+log = structlog.get_logger(__name__)
+
+# What needs the sandbox itself; what only reads the store is answered by any node.
+_PATH = re.compile(rf"/v1/sandboxes/({ID_PATTERN.strip('^$')})(/.*)?")
+_FROM_THE_STORE = ("", "/events")
+FORWARDED = b"x-sandboxd-forwarded"
+CONNECT_TIMEOUT_S = 5.0
+# For one connection to fall silent: an exec may say nothing for as long as it may run.
+READ_TIMEOUT_S = 7200.0
+MAX_CONNECTIONS = 512
+_HOP_BY_HOP = frozenset([b"connection", b"keep-alive", b"transfer-encoding", b"te", b"trailer", b"upgrade"])
+
+
+class ForwardMiddleware:
+    """Runs inside of authentication: it acts on paths of the caller's own project only."""
+
+    def __init__(self, app: ASGIApp, *, nodes: Nodes, live: LiveSandboxes) -> None:
+        self.app = app
+        self.nodes = nodes
+        self.live = live
+        self._client: httpx2.AsyncClient | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._lifespan(scope, receive, send)
+            return
+        try:
+            node_id = await self._holder(scope)
+        except SandboxdError as error:
+            await error_response(error)(scope, receive, send)
+            return
+        if node_id is None:
+            await self.app(scope, receive, send)
+            return
+        address = self.nodes.address_of(node_id)
+        if address is None:
+            unreachable = UnavailableError(
+                f"The sandbox is held by the server's node {node_id}, which cannot be reached now: it is "
+                "down, or its SANDBOXD_NODE_URL is not set.",
+                code="node_unavailable",
+                retry_after_s=5,
+            )
+            await error_response(unreachable)(scope, receive, send)
+            return
+        await self._forward(address, scope, receive, send)
+
+    async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            if self._client is not None:
+                await self._client.aclose()
+
+    async def _holder(self, scope: Scope) -> str | None:
+        if scope["type"] != "http" or self.nodes.alone:
+            return None
+        found = _PATH.fullmatch(scope["path"])
+        if found is None or self.live.get(found[1]) is not None:
+            return None
+        if scope["method"] == "GET" and (found[2] or "") in _FROM_THE_STORE:
+            return None
+        if any(name == FORWARDED for name, _ in scope["headers"]):
+            return None  # the other node says that it is ours; going round in circles helps nobody
+        principal = scope.get("principal")
+        return None if principal is None else await self.nodes.holder(principal.project_id, found[1])
+
+    async def _forward(self, address: str, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._client is None:
+            limits = httpx2.Limits(max_connections=MAX_CONNECTIONS, max_keepalive_connections=32)
+            timeout = httpx2.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S, pool=CONNECT_TIMEOUT_S)
+            self._client = httpx2.AsyncClient(limits=limits, timeout=timeout, trust_env=False)
+        query = scope["query_string"].decode("latin-1")
+        target = scope.get("raw_path", scope["path"].encode()).decode("latin-1")
+        headers = [pair for pair in scope["headers"] if pair[0] not in _HOP_BY_HOP and pair[0] != b"host"]
+        headers.append((FORWARDED, b"1"))
+        has_body = any(name in (b"content-length", b"transfer-encoding") for name, _ in scope["headers"])
+        request = self._client.build_request(
+            scope["method"],
+            f"{address.rstrip('/')}{target}" + (f"?{query}" if query else ""),
+            headers=headers,
+            content=_body(receive) if has_body else None,
+        )
+        started = False
+        try:
+            response = await self._client.send(request, stream=True)
+            try:
+                started = True
+                kept = [(k.lower(), v) for k, v in response.headers.raw if k.lower() not in _HOP_BY_HOP]
+                # This server's own middleware puts its id on the answer.
+                kept = [pair for pair in kept if pair[0] not in (b"x-request-id", b"date", b"server")]
+                await send({"type": "http.response.start", "status": response.status_code, "headers": kept})
+                await self._copy(response, receive, send)
+            finally:
+                await response.aclose()
+        except httpx2.HTTPError as error:
+            log.warning("forward.failed", address=address, reason=str(error) or type(error).__name__)
+            if started:
+                raise  # the answer has begun: a broken connection is the honest end
+            unavailable = UnavailableError(
+                "The node that holds the sandbox did not answer; whether the request took effect is not "
+                "known.",
+                code="node_unavailable",
+            )
+            await error_response(unavailable)(scope, receive, send)
+
+    async def _copy(self, response: httpx2.Response, receive: Receive, send: Send) -> None:
+        async def copy() -> None:
+            async for chunk in response.aiter_raw():
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+        async def watch() -> None:
+            # A client that goes away must not leave the other node talking to nobody.
+            while (await receive())["type"] != "http.disconnect":
+                continue
+            copying.cancel()
+
+        async with asyncio.TaskGroup() as group:
+            copying = group.create_task(copy())
+            watching = group.create_task(watch())
+            await asyncio.wait([copying])
+            watching.cancel()
+
+
+async def _body(receive: Receive) -> AsyncIterator[bytes]:
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise httpx2.WriteError("the client hung up in the middle of its body")
+        if message.get("body"):
+            yield message["body"]
+        if not message.get("more_body"):
+            return
