@@ -53,10 +53,12 @@ class Daemon:
             self.process.send_signal(number)
         self.process.wait(30)
 
-    def start(self) -> None:
-        """Starts the process again on the same state."""
+    def start(self, *, wait: bool = True, **settings: str) -> None:
+        """Starts the process again on the same state, with these settings changed from now on."""
+        self.env.update(settings)
         self.process = _serve(self.env)
-        _wait_ready(self)
+        if wait:
+            _wait_ready(self)
 
     @property
     def log(self) -> str:

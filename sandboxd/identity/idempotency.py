@@ -64,13 +64,13 @@ def check_same(row: IdempotencyKey, digest: str) -> None:
         raise IdempotencyConflictError(row.key)
 
 
-async def release(session: AsyncSession, project_id: str, scope: str, key: str) -> None:
-    """Frees the key of a request that made nothing after all."""
+async def release(session: AsyncSession, project_id: str, scope: str, resource_id: str) -> None:
+    """Frees the key of a request whose `resource_id` came to nothing after all."""
     await session.exec(
         delete(IdempotencyKey).where(
             col(IdempotencyKey.project_id) == project_id,
             col(IdempotencyKey.scope) == scope,
-            col(IdempotencyKey.key) == key,
+            col(IdempotencyKey.resource_id) == resource_id,
         )
     )
 

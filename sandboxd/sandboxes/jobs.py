@@ -1,6 +1,7 @@
 """Loops beside the requests: deadlines, the sweep that mends what a crash left, exits, warm-up, retention."""
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Awaitable
 
@@ -9,7 +10,7 @@ import structlog
 from sandboxd.identity import idempotency
 from sandboxd.kit.clock import Clock
 from sandboxd.kit.db import Database
-from sandboxd.kit.errors import SandboxdError
+from sandboxd.kit.errors import SandboxdError, UnavailableError
 from sandboxd.kit.metrics import Metrics
 from sandboxd.kit.tasks import TaskOwner
 from sandboxd.runtimes.base import Exited, Phase, Runtime
@@ -24,6 +25,7 @@ log = structlog.get_logger(__name__)
 
 REAP_INTERVAL_S = 0.5
 SWEEP_INTERVAL_S = 60.0
+SWEEP_RETRY_S = 5.0
 FLUSH_INTERVAL_S = 5.0
 GAUGE_INTERVAL_S = 2.0
 WATCH_RETRY_S = 1.0
@@ -79,14 +81,30 @@ class Sweep:
         self._runtime = runtime
         self._metrics = metrics
         self._pool = pool
+        # Two at once would both take up the same sandbox.
+        self._one = asyncio.Lock()
+        self._last_s = time.monotonic()
+        self._unfinished = False
+
+    async def tick(self) -> None:
+        """A job, called every SWEEP_RETRY_S: a pass when one is due, or when the last could not mend all."""
+        if self._unfinished or time.monotonic() - self._last_s >= SWEEP_INTERVAL_S:
+            await self.run()
 
     async def run(self) -> None:
         """One pass; at start it also takes up every sandbox that an earlier process left running."""
+        async with self._one:
+            self._unfinished = True
+            await self._run()
+            self._last_s = time.monotonic()
+
+    async def _run(self) -> None:
         self._lifecycle.engine_instance = await self._runtime.instance()
         # Rows first: each of them that runs has its container by the time the engine is asked.
         async with self._db.read() as session:
             alive = {row.id: row for row in await store.list_alive(session, self._lifecycle.node_id)}
         owned = {item.sandbox_id: item for item in await self._runtime.list()}
+        self._unfinished = False
         for row in alive.values():
             if self._lifecycle.is_busy(row.id):
                 continue
@@ -101,34 +119,53 @@ class Sweep:
         try:
             await work
         except SandboxdError as error:
+            self._unfinished = True
             log.warning("sweep.failed", sandbox_id=sandbox_id, reason=error.message)
         except Exception:
             log.exception("sweep failed", sandbox_id=sandbox_id)
 
     async def _mend(self, row: Sandbox, phase: Phase | None) -> None:
         here = phase in (Phase.RUNNING, Phase.PAUSED)
-        if self._lifecycle.live.get(row.id) is not None:
-            # It came to life here, maybe after our look at the rows: only its end would be news.
-            if not here and row.status not in (Status.CREATING, Status.STOPPING):
-                await self._drop_dead(row, phase)
-            elif here and row.engine_instance != self._lifecycle.engine_instance:
-                await self._lifecycle.note_instance(row.id)
+        live = self._lifecycle.live.get(row.id)
+        if live is not None:
+            await self._mend_live(row, live, phase)
         elif row.status == Status.STOPPING:
             await self._end(row, Reason.USER, "finish_stop")
         elif row.status == Status.CREATING:
             await self._end(row, Reason.LOST, "drop_half_made")
+        elif row.status == Status.READY and not self._pool.enabled:
+            await self._end(row, Reason.SURPLUS, "drop_surplus")
         elif phase is None or not here:
             await self._drop_dead(row, phase)
         else:
             try:
                 await self._lifecycle.adopt(row, phase)
             except SandboxdError as error:
+                if isinstance(error, UnavailableError) and row.status != Status.READY:
+                    # Engine, agent or store gave no answer, which says nothing about the sandbox: next time.
+                    raise
                 log.warning("sweep.cannot_adopt", sandbox_id=row.id, reason=error.message)
                 await self._end(row, Reason.LOST, "drop_dead")
             else:
                 if row.status == Status.READY:
                     self._pool.add(row)
                 self._count("adopt", row.id)
+
+    async def _mend_live(self, row: Sandbox, live: LiveSandbox, phase: Phase | None) -> None:
+        # It may have come to life here after our look at the rows: then only its end would be news.
+        if phase not in (Phase.RUNNING, Phase.PAUSED):
+            if row.status not in (Status.CREATING, Status.STOPPING):
+                await self._drop_dead(row, phase)
+            return
+        if row.engine_instance != self._lifecycle.engine_instance:
+            await self._lifecycle.note_instance(row.id)
+        if row.status == Status.READY and live.project_id is None and not self._pool.is_member(row.id):
+            # It was to be removed, and the store could not be told.
+            self._pool.add(row)
+        frozen = phase is Phase.PAUSED
+        if frozen != live.paused and not live.changing.locked():
+            async with live.changing:
+                await self._lifecycle.settle_phase(row.id)
 
     async def _drop_dead(self, row: Sandbox, phase: Phase | None) -> None:
         if row.engine_instance != self._lifecycle.engine_instance:

@@ -4,6 +4,7 @@ no database session is open while the runtime or an agent is called."""
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlmodel.ext.asyncio.session import AsyncSession
 
 from sandboxd.agentlink.client import Agent
-from sandboxd.identity import audit
+from sandboxd.identity import audit, idempotency
 from sandboxd.identity.service import Principal
 from sandboxd.kit.clock import Clock
 from sandboxd.kit.db import Database, StoreUnavailableError
@@ -29,15 +30,27 @@ from sandboxd.sandboxes.failpoints import FailPoint, FailPoints
 from sandboxd.sandboxes.live import Idleness, LiveSandbox, LiveSandboxes, Metered
 from sandboxd.sandboxes.models import Sandbox
 from sandboxd.sandboxes.states import ALIVE, FAILURES, Reason, Status
-from sandboxd.sandboxes.usage import Meter
+from sandboxd.sandboxes.usage import Meter, Reading
 
 log = structlog.get_logger(__name__)
 
+# Of the Idempotency-Keys that make sandboxes.
+KEY_SCOPE = "sandbox"
 _SLOT_TRIES = 10
 # Uids and, with them, slots end there.
 _MAX_SLOTS = 60_000
 
 Also = Callable[[AsyncSession], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class _UnwrittenEnd:
+    """How a sandbox ended while the store could not be told."""
+
+    reason: Reason
+    at: float
+    reading: Reading | None
+    by: Principal | None
 
 
 class Lifecycle:
@@ -66,7 +79,7 @@ class Lifecycle:
         self._starts = asyncio.Semaphore(settings.concurrent_starts)
         self._busy: dict[str, asyncio.Task[Sandbox]] = {}
         # Ends that the store could not be told of.
-        self._unwritten: dict[str, dict[str, Any]] = {}
+        self._unwritten: dict[str, _UnwrittenEnd] = {}
         self.fail_points = FailPoints(settings.fail_point)
         self.node_id = node_id
         self.boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -102,10 +115,10 @@ class Lifecycle:
         self.fail_points.reach(FailPoint.CREATE_INSERTED)
         return row
 
-    def start(self, row: Sandbox, after_failure: Also | None = None) -> asyncio.Task[Sandbox]:
+    def start(self, row: Sandbox) -> asyncio.Task[Sandbox]:
         """Starts the sandbox of a new row, in a task that no caller's end can stop half-way; shield it when
-        you await it. Should it fail, `after_failure` writes in the transaction that says so."""
-        return self._begin(f"create {row.id}", row.id, self._start(row, after_failure))
+        you await it."""
+        return self._begin(f"create {row.id}", row.id, self._start(row))
 
     async def end(self, sandbox_id: str, reason: Reason, principal: Principal | None = None) -> Sandbox:
         """Ends a sandbox for `reason`, by order of `principal` or on the daemon's own account. Callers at
@@ -132,7 +145,8 @@ class Lifecycle:
     async def claimed(self, row: Sandbox) -> None:
         """A member of the pool now belongs to a project: what is in memory learns of it."""
         live = self.live.get(row.id)
-        assert live is not None
+        if live is None:
+            return  # it died in this very moment
         live.project_id, live.env = row.project_id, row.env
         live.deadline, live.idle_timeout_s = row.expires_boot_s, row.idle_timeout_s
         live.touch(row.last_active_at)
@@ -144,12 +158,8 @@ class Lifecycle:
         if row.handle is None:
             raise RuntimeFaultError(f"sandbox {row.id} has no handle")
         await self._runtime.adopt(row.id, Handle(row.handle))
-        if row.status == Status.PAUSED:
-            # Also when it still ran: the daemon died on its way to the freezer, or out of it.
-            await self._runtime.pause(row.id)
-        elif phase is Phase.PAUSED:
-            await self._runtime.resume(row.id)
-            await self._agent(row.id).timers(run=True)
+        await self._hold_to_limits(row)
+        await self.freeze_or_thaw(row, phase)
         if row.engine_instance != self.engine_instance:
             await self.note_instance(row.id)
         deadline = row.expires_boot_s if row.boot_id == self.boot_id else self._clock.monotonic()
@@ -158,6 +168,35 @@ class Lifecycle:
         live = self._go_live(row, deadline)
         for hook in self.on_adopted:
             hook(live)
+
+    async def freeze_or_thaw(self, row: Sandbox, phase: Phase) -> None:
+        """Brings the engine to what the row says: a daemon died, or a call failed, on its way into the
+        freezer or out of it."""
+        if row.status == Status.PAUSED and phase is Phase.RUNNING:
+            await self.freeze(row.id)
+        elif row.status != Status.PAUSED and phase is Phase.PAUSED:
+            await self.thaw(row.id)
+
+    async def settle_phase(self, sandbox_id: str) -> None:
+        """The same for one that is live here; the caller holds its `changing`."""
+        async with self._db.read() as session:
+            row = await store.get(session, sandbox_id)
+        if row.handle is not None and row.status in (Status.READY, Status.RUNNING, Status.PAUSED):
+            found = await self._runtime.observe(Handle(row.handle))
+            await self.freeze_or_thaw(row, found.phase)
+
+    async def freeze(self, sandbox_id: str) -> None:
+        try:
+            await self._agent(sandbox_id).timers(run=False)
+        except SandboxdError as error:
+            # It may be too busy to answer; then its execs' time goes on, and the freeze is what counts.
+            log.warning("pause.timers_go_on", sandbox_id=sandbox_id, reason=error.message)
+        await self._runtime.pause(sandbox_id)
+
+    async def thaw(self, sandbox_id: str) -> None:
+        await self._runtime.resume(sandbox_id)
+        self.fail_points.reach(FailPoint.RESUME_THAWED)
+        await self._agent(sandbox_id).timers(run=True)
 
     async def note_instance(self, sandbox_id: str) -> None:
         """Writes down that the sandbox has lived to see this run of the engine."""
@@ -170,20 +209,27 @@ class Lifecycle:
             await store.take_over(session, self.node_id)
 
     async def flush_activity(self) -> None:
-        """A job: writes the times of last use, which are kept in memory on the way of an exec, and ends
-        that could not be written when they happened."""
+        """A job: writes ends that could not be written when they happened, and the times of last use, which
+        are kept in memory on the way of an exec."""
+        await self._write_ends()
         touched = [live for live in self.live if live.touched]
-        if touched:
+        if not touched:
+            return
+        for live in touched:
+            live.touched = False
+        try:
             async with self._db.write() as session:
                 for live in touched:
-                    live.touched = False
                     values = {"last_active_at": live.last_active_at, "last_active_boot_s": live.idle.since_s}
                     await store.change(session, live.id, ALIVE, values)
-        await self._write_ends()
+        except StoreUnavailableError:
+            for live in touched:
+                live.touched = True
+            raise
 
     def is_busy(self, sandbox_id: str) -> bool:
-        """Whether this process is creating or ending it right now."""
-        return sandbox_id in self._busy
+        """Whether this process is creating or ending it right now, or knows an end that its row does not."""
+        return sandbox_id in self._busy or sandbox_id in self._unwritten
 
     @property
     def creating(self) -> int:
@@ -203,18 +249,24 @@ class Lifecycle:
 
     def patched(self, row: Sandbox) -> Sandbox:
         """The row with what the store could not be told yet."""
-        for name, value in self._unwritten.get(row.id, {}).items():
-            setattr(row, name, value)
+        unwritten = self._unwritten.get(row.id)
+        if unwritten is not None and row.is_alive:
+            row.end(_end_status(unwritten.reason), unwritten.reason, unwritten.at)
         return row
 
     async def _write_ends(self) -> None:
         """Tells the store of ends that it could not be told of when they happened."""
-        for sandbox_id, values in list(self._unwritten.items()):
+        for sandbox_id, end in list(self._unwritten.items()):
             async with self._db.write() as session:
-                if await store.change(session, sandbox_id, ALIVE, values):
-                    await self._events.emit(session, await store.get(session, sandbox_id), _end_event(values))
-            self._events.wake()
+                if end.reading is not None:
+                    await self.meter.write(session, [end.reading])
+                row = await store.get(session, sandbox_id)
+                if row.is_alive:
+                    if row.status != Status.STOPPING and end.by is not None:
+                        self._record_stop(session, end.by, sandbox_id)
+                    await self._close(session, row, end.reason, end.at)
             del self._unwritten[sandbox_id]
+            self._events.wake()
 
     def spec(self, row: Sandbox) -> SandboxSpec:
         return SandboxSpec(
@@ -247,7 +299,7 @@ class Lifecycle:
         task.add_done_callback(lambda _task: self._busy.pop(sandbox_id, None))
         return task
 
-    async def _start(self, row: Sandbox, after_failure: Also | None) -> Sandbox:
+    async def _start(self, row: Sandbox) -> Sandbox:
         structlog.contextvars.bind_contextvars(sandbox_id=row.id)
         started = time.perf_counter()
         try:
@@ -261,7 +313,7 @@ class Lifecycle:
                 self.fail_points.reach(FailPoint.CREATE_ANSWERED)
             running = await self._mark_started(row, handle)
         except BaseException as error:
-            await self._undo(row, error, after_failure)
+            await self._undo(row, error)
             cause = _first(error)
             if isinstance(cause, (SandboxdError, asyncio.CancelledError)):
                 raise cause from None
@@ -275,6 +327,7 @@ class Lifecycle:
     async def _mark_started(self, row: Sandbox, handle: Handle) -> Sandbox:
         now = self._clock.now()
         values = {"handle": handle, "engine_instance": self.engine_instance, "last_active_at": now}
+        values |= {"last_active_boot_s": self._clock.monotonic()}
         if row.project_id is None:
             values |= {"status": Status.READY, "pooled_at": now}
         else:
@@ -292,10 +345,18 @@ class Lifecycle:
         self.fail_points.reach(FailPoint.CREATE_RUNNING)
         return row
 
+    async def _hold_to_limits(self, row: Sandbox) -> None:
+        """A daemon that died may have told the engine of limits that no client was told of."""
+        try:
+            await self._runtime.limit_cpus(row.id, self.cpus(row.cpu_mhz))
+            usage = await self._runtime.usage(row.id)
+            if usage is not None and usage.memory_limit_mb not in (None, row.memory_size_mb):
+                await self._runtime.update(row.id, self.cpus(row.cpu_mhz), row.memory_size_mb)
+        except SandboxdError as error:
+            log.warning("adopt.other_limits", sandbox_id=row.id, reason=error.message)
+
     def _go_live(self, row: Sandbox, deadline: float | None) -> LiveSandbox:
         monotonic = self._clock.monotonic()
-        # What passed between the last metering and now: all of it, when this is a sandbox taken up.
-        unmetered_s = max(0.0, self._clock.now() - (row.metered_at or self._clock.now()))
         live = LiveSandbox(
             id=row.id,
             project_id=row.project_id,
@@ -307,7 +368,7 @@ class Lifecycle:
             deadline=deadline,
             idle=Idleness(since_s=self._idle_since(row)),
             metered=Metered(
-                at_s=monotonic - unmetered_s,
+                at_s=monotonic - self._unmetered_s(row),
                 cpu_s=row.cpu_read_s,
                 first=row.metered_at is None or row.metered_at == row.started_at,
             ),
@@ -319,12 +380,24 @@ class Lifecycle:
             hook(live)
         return live
 
+    def _unmetered_s(self, row: Sandbox) -> float:
+        """What passed between the last metering and now: all of it, when this is a sandbox taken up."""
+        if row.metered_at is None:
+            return 0.0
+        now = self._clock.now()
+        passed_s = now - row.metered_at
+        if row.boot_id == self.boot_id and row.expires_at is not None and row.expires_boot_s is not None:
+            # The deadline is on both clocks, and tells how far the wall's has jumped. In doubt, less.
+            jump_s = now - self._clock.monotonic() - (row.expires_at - row.expires_boot_s)
+            passed_s = min(passed_s, passed_s - jump_s)
+        return max(0.0, passed_s)
+
     def _idle_since(self, row: Sandbox) -> float:
         if row.last_active_boot_s is None or row.boot_id != self.boot_id:
             return self._clock.monotonic()
         return row.last_active_boot_s
 
-    async def _undo(self, row: Sandbox, error: BaseException, also: Also | None) -> None:
+    async def _undo(self, row: Sandbox, error: BaseException) -> None:
         """After a create that failed at any step: nothing stays in the engine, and the row says so."""
         self._metrics.sandbox_creates.labels("failed").inc()
         log.warning("sandbox.create_failed", reason=_describe(error))
@@ -335,15 +408,15 @@ class Lifecycle:
             log.warning("sandbox.cleanup_failed", reason=fault.message)
             gone = False
         async with self._db.write() as session:
-            if also is not None:
-                await also(session)
             kept = await store.get(session, row.id)
             if not gone:
                 # Its place stays taken, uid and all, until the sweep has removed what is left.
                 kept.status, kept.termination_reason = Status.STOPPING, Reason.RUNTIME_ERROR
+                await self._release_key(session, kept)
             else:
                 stopped = kept.status == Status.STOPPING
-                await self._close(session, kept, Reason.USER if stopped else Reason.RUNTIME_ERROR)
+                why = Reason.USER if stopped else Reason.RUNTIME_ERROR
+                await self._close(session, kept, why, self._clock.now())
         self._events.wake()
 
     async def _end(self, sandbox_id: str, reason: Reason, principal: Principal | None) -> Sandbox:
@@ -362,7 +435,10 @@ class Lifecycle:
             return row
         self.fail_points.reach(FailPoint.STOP_MARKED)
         live = self.live.remove(sandbox_id)
-        reading = await self.meter.read(live) if live is not None and live.project_id is not None else None
+        if live is not None:
+            reading = await self.meter.read(live) if live.project_id is not None else None
+        else:
+            reading = self.meter.unread(row)
         await self._runtime.delete(sandbox_id)
         self.fail_points.reach(FailPoint.STOP_DELETED)
         why = Reason(row.termination_reason or reason)
@@ -372,14 +448,10 @@ class Lifecycle:
                     await self.meter.write(session, [reading])
                 row = await store.get(session, sandbox_id)
                 if row.is_alive:
-                    await self._close(session, row, why)
+                    await self._close(session, row, why, self._clock.now())
         except StoreUnavailableError:
-            row.end(_end_status(why), why, self._clock.now())
-            self._unwritten[sandbox_id] = {
-                "status": row.status,
-                "termination_reason": row.termination_reason,
-                "stopped_at": row.stopped_at,
-            }
+            self._unwritten[sandbox_id] = _UnwrittenEnd(why, self._clock.now(), reading, principal)
+            row = self.patched(row)
         self._events.wake()
         self.fail_points.reach(FailPoint.STOP_ENDED)
         log.info("sandbox.ended", reason=why)
@@ -398,27 +470,35 @@ class Lifecycle:
             marked = await store.change(session, sandbox_id, still, values)
             row = await store.get(session, sandbox_id)
             if marked and by is not None:
-                audit.record(
-                    session,
-                    project_id=by.project_id,
-                    actor=by.key_id,
-                    action="sandbox.stop",
-                    resource_id=sandbox_id,
-                    at=self._clock.now(),
-                )
+                self._record_stop(session, by, sandbox_id)
         return row
 
-    async def _close(self, session: AsyncSession, row: Sandbox, reason: Reason) -> None:
+    def _record_stop(self, session: AsyncSession, by: Principal, sandbox_id: str) -> None:
+        audit.record(
+            session,
+            project_id=by.project_id,
+            actor=by.key_id,
+            action="sandbox.stop",
+            resource_id=sandbox_id,
+            at=self._clock.now(),
+        )
+
+    async def _close(self, session: AsyncSession, row: Sandbox, reason: Reason, at: float) -> None:
         """The last change of a row: it says why it ended. A member of the pool leaves no row."""
         if row.project_id is None:
             await session.delete(row)
-            row.end(_end_status(reason), reason, self._clock.now())
+            row.end(_end_status(reason), reason, at)
             return
-        row.end(_end_status(reason), reason, self._clock.now())
+        row.end(_end_status(reason), reason, at)
         session.add(row)
         await session.flush()
-        values = {"status": row.status, "termination_reason": row.termination_reason}
-        await self._events.emit(session, row, _end_event(values), reason=row.termination_reason)
+        await self._release_key(session, row)
+        await self._events.emit(session, row, f"sandbox.{row.status}", reason=row.termination_reason)
+
+    async def _release_key(self, session: AsyncSession, row: Sandbox) -> None:
+        """The key of a create that came to nothing is free again: the next try may succeed."""
+        if row.started_at is None and row.project_id is not None:
+            await idempotency.release(session, row.project_id, KEY_SCOPE, row.id)
 
     def _agent(self, sandbox_id: str) -> Agent:
         return Agent(lambda timeout_s: self._runtime.dial(sandbox_id, timeout_s))
@@ -429,10 +509,6 @@ class Lifecycle:
 
 def _end_status(reason: Reason) -> Status:
     return Status.FAILED if reason in FAILURES else Status.STOPPED
-
-
-def _end_event(values: dict[str, Any]) -> str:
-    return f"sandbox.{values['status']}"
 
 
 def _first_free(taken: set[int]) -> int:

@@ -101,8 +101,15 @@ class Pool:
         self._ready[row.id] = row
 
     def gone(self) -> list[str]:
-        """Members of which the life cycle knows that they have ended: nobody may claim them."""
+        """Members of which the life cycle knows that they have ended."""
         return [sandbox_id for sandbox_id in self._ready if self._lifecycle.live.get(sandbox_id) is None]
+
+    def doubtful(self) -> list[str]:
+        """Members that nobody may claim: they have ended, or gave no answer when they were last asked."""
+        return [*self.gone(), *self._misses]
+
+    def is_member(self, sandbox_id: str) -> bool:
+        return sandbox_id in self._ready
 
     def asked(self, size: Size, claimed: Sandbox | None) -> None:
         """Notes a create, and what came of it: demand is what the pool learns its sizes from."""

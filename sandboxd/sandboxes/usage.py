@@ -15,7 +15,7 @@ from sandboxd.kit.upsert import insert
 from sandboxd.runtimes.base import Runtime
 from sandboxd.sandboxes import store
 from sandboxd.sandboxes.live import LiveSandbox, LiveSandboxes
-from sandboxd.sandboxes.models import UsageHour
+from sandboxd.sandboxes.models import Sandbox, UsageHour
 from sandboxd.sandboxes.states import ALIVE
 
 log = structlog.get_logger(__name__)
@@ -96,6 +96,13 @@ class Meter:
         metered.at_s, metered.cpu_s = now, cpu_s
         metered.bytes_in, metered.bytes_out, metered.execs = live.bytes_in, live.bytes_out, live.execs_ended
         return reading
+
+    def unread(self, row: Sandbox) -> Reading | None:
+        """For one that ended while no daemon looked: the sandbox itself still counts. Of its last seconds
+        nobody knows how many there were."""
+        if row.project_id is None or row.started_at is None or row.metered_at != row.started_at:
+            return None
+        return Reading(row.id, row.project_id, row.started_at, 0.0, 0.0, row.cpu_read_s, 0, 0, 0, 1)
 
     async def write(self, session: AsyncSession, readings: Iterable[Reading]) -> None:
         hours: dict[tuple[str, int], UsageHour] = {}

@@ -10,7 +10,7 @@ from sandboxd.kit.db import StoreUnavailableError
 from sandboxd.kit.metrics import Metrics
 from sandboxd.kit.paging import PageParams
 from sandboxd.runtimes.base import Handle, Phase
-from sandboxd.runtimes.errors import EngineUnavailableError, LimitBelowUseError
+from sandboxd.runtimes.errors import EngineUnavailableError, LimitBelowUseError, RuntimeFaultError
 from sandboxd.sandboxes.errors import LimitError, NoFreeSlotError, QuotaError, SandboxNotRunningError
 from sandboxd.sandboxes.jobs import Reaper
 from sandboxd.sandboxes.limits import NewSandbox
@@ -64,7 +64,7 @@ async def test_the_sweep_of_one_node_leaves_the_others_alone(world):
 
 async def test_the_sweep_ends_what_cannot_be_taken_up(world):
     await create(world)
-    world.runtime.fail_at = "adopt"
+    world.runtime.fail_at, world.runtime.fault = "adopt", RuntimeFaultError
     await Node(world).sweep.run()
     assert await world.rows() == {"failed": "lost"}
     assert world.runtime.held == {}

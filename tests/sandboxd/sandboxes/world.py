@@ -9,6 +9,7 @@ from typing import Any
 from sandboxd.identity.service import Principal, Quota
 from sandboxd.kit.clock import SystemClock
 from sandboxd.kit.db import Database
+from sandboxd.kit.errors import SandboxdError
 from sandboxd.kit.metrics import Metrics
 from sandboxd.kit.paging import PageParams
 from sandboxd.kit.settings import Settings
@@ -29,6 +30,7 @@ class BrokenRuntime:
 
     def __init__(self) -> None:
         self.fail_at = ""
+        self.fault: type[SandboxdError] = EngineUnavailableError
         self.held: dict[str, Phase] = {}
         self.gate = asyncio.Event()
         self.gate.set()
@@ -42,7 +44,7 @@ class BrokenRuntime:
     def _step(self, name: str) -> None:
         self.calls.append(name)
         if self.fail_at == name:
-            raise EngineUnavailableError(f"broken at {name}")
+            raise self.fault(f"broken at {name}")
 
     async def ensure_image(self, ref: str) -> Image:
         self._step("ensure_image")
@@ -76,8 +78,14 @@ class BrokenRuntime:
             raise LimitBelowUseError("100 MB are in use")
         self.limits[sandbox_id] = (cpus, memory_mb)
 
+    async def limit_cpus(self, sandbox_id: str, cpus: float | None) -> None:
+        self._step("limit_cpus")
+
     async def usage(self, sandbox_id: str) -> Usage | None:
-        return Usage(self.cpu_s.get(sandbox_id, 0.0), 10.0) if sandbox_id in self.held else None
+        if sandbox_id not in self.held:
+            return None
+        _, memory_mb = self.limits.get(sandbox_id, (1.0, None))
+        return Usage(self.cpu_s.get(sandbox_id, 0.0), 10.0, memory_mb)
 
     async def instance(self) -> str:
         return self.engine
