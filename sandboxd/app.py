@@ -237,8 +237,8 @@ def _make_services(settings: Settings) -> Services:
 async def _running(services: Services) -> AsyncIterator[None]:
     try:
         await services.db.migrate()
-        await services.lifecycle.take_over()
-        await services.nodes.beat()
+        for first in (services.lifecycle.take_over, services.nodes.beat):
+            await _try_write(first)
         _start_jobs(services)
         if not await _start_sandboxes(services):
             services.tasks.start("sandboxes.start", _keep_starting(services))
@@ -252,17 +252,18 @@ async def _running(services: Services) -> AsyncIterator[None]:
             services.lifecycle.flush_activity,
             services.lifecycle.meter.tick,
         ):
-            await _try_last(last)
+            await _try_write(last)
         await services.runtime.close()
         await services.db.close()
 
 
-async def _try_last(work: Callable[[], Awaitable[object]]) -> None:
-    """One of the last writes. A store that is away must not keep the rest from being closed."""
+async def _try_write(work: Callable[[], Awaitable[object]]) -> None:
+    """One of the first or last writes: a store that cannot be written keeps the daemon neither from serving
+    what it can nor from closing what it holds."""
     try:
         await work()
     except SandboxdError as error:
-        log.warning("not written before the end", reason=error.message)
+        log.warning("not written", reason=error.message)
 
 
 def _start_jobs(services: Services) -> None:
