@@ -8,7 +8,9 @@ from starlette.requests import Request
 from sandboxd.identity.auth import CurrentPrincipal
 from sandboxd.identity.service import check_project
 from sandboxd.kit.http import EVENT_STREAM, IdempotencyKey, PageQuery, known_query_only, sse_response
+from sandboxd.kit.ids import is_id
 from sandboxd.kit.paging import Page
+from sandboxd.sandboxes.errors import ExecNotFoundError
 from sandboxd.sandboxes.exec import ExecService
 from sandboxd.sandboxes.exec_schemas import ExecBody, ExecEntryOut, ExecOut, PastExecOut
 from sandboxd.sandboxes.service import SandboxService
@@ -49,6 +51,8 @@ def make_exec_router(sandboxes: SandboxService, execs: ExecService) -> APIRouter
     async def get_exec(sandbox_id: str, exec_id: str, principal: CurrentPrincipal) -> Response:
         """The result, with the output as long as the sandbox keeps it; of one that runs, what there is."""
         sandbox = await sandboxes.get(principal.project_id, sandbox_id)
+        if not is_id(exec_id):
+            raise ExecNotFoundError(exec_id)
         result = await execs.get(principal.project_id, sandbox.id, exec_id, alive=sandbox.is_alive)
         return Response(json.dumps(result), media_type="application/json")
 

@@ -46,7 +46,7 @@ def _labels(value: dict[str, str]) -> dict[str, str]:
             raise ValueError(
                 f"{name[:60]!r} is not a label name (1 to 128 of letters, digits, '.', '_', '/', '-')"
             )
-        if len(_text(item)) > 256:
+        if len(_argument(item)) > 256:
             raise ValueError(f"the value of {name!r} is longer than 256 characters")
     return value
 

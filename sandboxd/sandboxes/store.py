@@ -8,6 +8,7 @@ from sqlalchemy import delete, func, tuple_, update
 from sqlmodel import col, select
 from sqlmodel.ext.asyncio.session import AsyncSession
 
+from sandboxd.kit.ids import is_id
 from sandboxd.kit.paging import PageParams, split
 from sandboxd.sandboxes.models import Exec, Sandbox
 from sandboxd.sandboxes.states import ALIVE, Status
@@ -37,6 +38,8 @@ class Held:
 
 
 async def find(session: AsyncSession, project_id: str, sandbox_id: str) -> Sandbox | None:
+    if not is_id(sandbox_id):
+        return None
     query = select(Sandbox).where(Sandbox.id == sandbox_id, Sandbox.project_id == project_id)
     return (await session.exec(query)).first()
 
@@ -49,6 +52,8 @@ async def list_page(
     params: PageParams,
 ) -> tuple[list[Sandbox], bool]:
     """One page, by the time of creation. Not by id: a sandbox out of the pool has an id older than itself."""
+    if any("\0" in value for value in labels.values()):
+        return [], False  # no label has one, and PostgreSQL cannot be asked for it
     order = tuple_(col(Sandbox.created_at), col(Sandbox.id))
     query = select(Sandbox).where(Sandbox.project_id == project_id)
     if statuses is not None:
