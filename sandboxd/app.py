@@ -266,6 +266,23 @@ async def _try_write(work: Callable[[], Awaitable[object]]) -> None:
         log.warning("not written", reason=error.message)
 
 
+async def stop_all(settings: Settings) -> int:
+    """Ends every sandbox of this installation while no daemon runs on it; how many there were, those that
+    waited in the pool not counted. Raises SandboxdError."""
+    services = _make_services(settings)
+    sweep = Sweep(services.lifecycle, services.db, services.runtime, services.metrics, services.pool)
+    try:
+        await services.db.migrate()
+        await services.lifecycle.take_over()
+        await services.runtime.start()
+        await sweep.run()
+        return await sweep.end_all()
+    finally:
+        await services.tasks.close()
+        await services.runtime.close()
+        await services.db.close()
+
+
 def _start_jobs(services: Services) -> None:
     """What needs the store only."""
     tasks, lifecycle = services.tasks, services.lifecycle

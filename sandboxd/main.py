@@ -19,7 +19,7 @@ import uvloop
 from fastapi import FastAPI
 from pydantic import ValidationError
 
-from sandboxd.app import VERSION, Services, create_app
+from sandboxd.app import VERSION, Services, create_app, stop_all
 from sandboxd.identity.schemas import CreateKeyBody
 from sandboxd.identity.service import IdentityService
 from sandboxd.kit import logging
@@ -67,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_FAILED
     if options.command == "create-key":
         return asyncio.run(_create_key(settings, options.organization, options.project, options.name))
+    if options.command == "stop-all":
+        return _stop_all(settings)
     if options.command == "set-quota":
         return asyncio.run(_set_quota(settings, options))
     return _serve(settings)
@@ -88,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         "--project", type=_slug, default="default", help="made when missing (default: default)"
     )
     create_key.add_argument("--name", type=_name, required=True, help="what the key is for")
+    commands.add_parser("stop-all", help="end every sandbox of this installation while no daemon runs")
     set_quota = commands.add_parser("set-quota", help="change and print what a project may take")
     set_quota.add_argument("--organization", type=_slug, default="default", help="(default: default)")
     set_quota.add_argument("--project", type=_slug, required=True)
@@ -141,6 +144,17 @@ async def _create_key(settings: Settings, organization: str, project: str, name:
     finally:
         await db.close()
     sys.stdout.write(f"{created.key}\n")
+    return 0
+
+
+def _stop_all(settings: Settings) -> int:
+    try:
+        with _only_one(settings.state_dir):
+            count = asyncio.run(stop_all(settings))
+    except (AlreadyRunningError, SandboxdError) as error:
+        sys.stderr.write(f"sandboxd: {error}\n")
+        return EXIT_FAILED
+    sys.stdout.write(f"stopped {count} sandboxes\n")
     return 0
 
 

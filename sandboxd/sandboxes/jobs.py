@@ -98,6 +98,18 @@ class Sweep:
             await self._run()
             self._last_s = time.monotonic()
 
+    async def end_all(self) -> int:
+        """Ends every sandbox of this node, the pool's too; how many were somebody's. Run a pass before."""
+        async with self._db.read() as session:
+            rows = await store.list_alive(session, self._lifecycle.node_id)
+        results = await asyncio.gather(
+            *(self._lifecycle.end(row.id, Reason.USER) for row in rows), return_exceptions=True
+        )
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        return sum(row.project_id is not None for row in rows)
+
     async def _run(self) -> None:
         self._lifecycle.engine_instance = await self._runtime.instance()
         # Rows first: each of them that runs has its container by the time the engine is asked.
