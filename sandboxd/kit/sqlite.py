@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 from sqlmodel.ext.asyncio.session import AsyncSession
 
+from sandboxd.kit import sqlite_driver
 from sandboxd.kit.errors import StoreUnavailableError
 
 READERS = 4
@@ -77,7 +78,8 @@ class Sqlite:
 
 
 def _engine(url: URL, *, begin: str, foreign_keys: bool = True, **options: Any) -> AsyncEngine:
-    engine = create_async_engine(url, hide_parameters=True, **options)
+    creator = {"async_creator_fn": sqlite_driver.connect}
+    engine = create_async_engine(url, hide_parameters=True, connect_args=creator, **options)
 
     # The driver would start transactions by itself, and only before DML: take that over, so that a read is
     # one snapshot and a write holds the lock from its first statement (no upgrade, hence no SQLITE_BUSY).

@@ -1,5 +1,6 @@
 import asyncio
 
+import aiosqlite
 import pytest
 from sqlalchemy.exc import DatabaseError, IntegrityError
 from sqlmodel import select, text
@@ -238,3 +239,21 @@ async def test_close_may_be_called_twice(tmp_path):
     await database.migrate()
     await database.close()
     await database.close()
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+async def test_a_statement_is_one_trip_to_the_thread_of_its_connection(db, monkeypatch):
+    trips = []
+    real = aiosqlite.Connection._execute
+
+    async def counted(self, function, *arguments, **options):
+        trips.append(function)
+        return await real(self, function, *arguments, **options)
+
+    async with db.write() as session:
+        await session.exec(text("SELECT 1"))
+        monkeypatch.setattr(aiosqlite.Connection, "_execute", counted)
+        rows = (await session.exec(text("SELECT 1 UNION SELECT 2"))).all()
+    assert rows == [(1,), (2,)]
+    # The statement, and the commit.
+    assert len(trips) == 2
