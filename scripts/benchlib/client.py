@@ -3,6 +3,7 @@
 import http.client
 import json
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,11 +23,17 @@ PANDAS_OUTPUT = "71500\n"
 # The word that has the agent choose the interpreter with the libraries is in it.
 IS_WARM = "import sys; print('pandas' in sys.modules)"
 WARM_TIMEOUT_S = 120.0
-# Less than the time after which the server closes a connection that nobody uses.
-KEPT_S = 2.0
 TIMEOUT_S = 120.0
 # Less than the time after which the server closes a connection that nobody uses.
 KEPT_S = 2.0
+
+# The time in an id is above this many random bits.
+ID_RANDOM_BITS = 122
+
+
+def made_at_ms(sandbox_id: str) -> int:
+    """When a sandbox's id was made; for one out of a pool that was before it was asked for."""
+    return int(sandbox_id.partition("_")[2], 32) >> ID_RANDOM_BITS
 
 
 class Api:
@@ -65,6 +72,13 @@ class Api:
             raise BenchError(f"{method} {path} answered {answer.status}: {data[:500]!r}")
         result: dict[str, Any] = json.loads(data)
         return result
+
+    def metrics(self) -> dict[str, float]:
+        """What the server says at /metrics, by name and labels as written there."""
+        with urllib.request.urlopen(f"{self.base_url}/metrics", timeout=TIMEOUT_S) as answer:
+            lines = answer.read().decode().splitlines()
+        pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+        return {name: float(value) for name, value in pairs}
 
     def create(self) -> str:
         return str(self.call("POST", "/v1/sandboxes", {"timeout_s": 3600})["id"])

@@ -1,5 +1,6 @@
 """The server under test: a daemon of our own on a scratch folder, or one that runs already."""
 
+import itertools
 import os
 import shutil
 import signal
@@ -19,28 +20,33 @@ from scripts.benchlib.figures import BenchError
 START_S = 60.0
 STOP_S = 40.0
 FIRST_UID = 300_000
+# More than one daemon has sandboxes.
+UIDS = 1000
+_uid_ranges = itertools.count()
 
 
 class Daemon:
     """Leaves nothing behind: `close` removes its sandboxes, mounts and files, whatever has happened."""
 
-    def __init__(self) -> None:
+    def __init__(self, **settings: str) -> None:
+        """`settings` are SANDBOXD_ variables, in lower case."""
         # Short: the path of a unix socket has room for 107 bytes.
-        self._root = Path(tempfile.mkdtemp(prefix="e80b", dir="/tmp"))
-        self._state = self._root / "state"
+        self.root = Path(tempfile.mkdtemp(prefix="e80b", dir="/tmp"))
+        self._state = self.root / "state"
         self._env = {name: value for name, value in os.environ.items() if not name.startswith("SANDBOXD_")}
         if "SANDBOXD_DOCKER_URL" in os.environ:
             self._env["SANDBOXD_DOCKER_URL"] = os.environ["SANDBOXD_DOCKER_URL"]
         self._env.update(
             SANDBOXD_STATE_DIR=str(self._state),
-            SANDBOXD_RUN_DIR=str(self._root / "run"),
+            SANDBOXD_RUN_DIR=str(self.root / "run"),
             SANDBOXD_PORT=str(_free_port()),
             # The kernel counts some limits by uid: not those of another daemon on this host.
-            SANDBOXD_FIRST_UID=str(FIRST_UID),
+            SANDBOXD_FIRST_UID=str(FIRST_UID + next(_uid_ranges) * UIDS),
+            **{f"SANDBOXD_{name.upper()}": value for name, value in settings.items()},
         )
         self._process: subprocess.Popen[bytes] | None = None
         self.base_url = f"http://127.0.0.1:{self._env['SANDBOXD_PORT']}"
-        self.log = self._root / "sandboxd.log"
+        self.log = self.root / "sandboxd.log"
 
     @property
     def pid(self) -> int:
@@ -85,6 +91,16 @@ class Daemon:
             self._process.wait(STOP_S)
 
     def close(self) -> None:
+        # A second Ctrl-C must not leave half of it behind.
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        handlers = [signal.signal(number, signal.SIG_IGN) for number in numbers]
+        try:
+            self._close()
+        finally:
+            for number, handler in zip(numbers, handlers, strict=True):
+                signal.signal(number, handler)
+
+    def _close(self) -> None:
         with suppress(subprocess.TimeoutExpired):
             self.stop()
         self.stop(signal.SIGKILL)
@@ -92,9 +108,9 @@ class Daemon:
         if installation.exists():
             remove_containers(f"sandboxd.owner={installation.read_text().strip()}")
         for line in Path("/proc/mounts").read_text().splitlines():
-            if line.split()[1].startswith(f"{self._root}/"):
+            if line.split()[1].startswith(f"{self.root}/"):
                 subprocess.run(["umount", "--lazy", line.split()[1]], check=True)
-        shutil.rmtree(self._root)
+        shutil.rmtree(self.root)
 
     def _is_ready(self) -> bool:
         try:

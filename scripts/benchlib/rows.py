@@ -1,28 +1,23 @@
-"""The rows of the table: each function measures one, cleans up after itself and returns it."""
+"""Rows of sandboxes that live: each function measures one, cleans up after itself and returns it."""
 
 import json
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from e80_sdk import Eighty80
 
 from scripts.benchlib import reference
-from scripts.benchlib.client import PANDAS, PANDAS_OUTPUT, PLAIN, PLAIN_OUTPUT, Api
-from scripts.benchlib.daemon import Daemon
+from scripts.benchlib.bench import Bench
+from scripts.benchlib.client import PANDAS, PANDAS_OUTPUT, PLAIN, PLAIN_OUTPUT
 from scripts.benchlib.figures import BenchError, Row, Series, alternate, at_least, at_most
 from scripts.benchlib.kernel import Group, process_cpu_ms
 
 CLIENTS = 16
-# As many as the daemon itself starts at once.
-BURST_AT_ONCE = 4
 HOST_MEMORY_MB = 24 * 1024
 # Longer than an agent keeps a warm interpreter that nobody uses.
 PARKED_S = 180
@@ -48,41 +43,6 @@ for number in range(4):
         break
 while True: pass
 """
-
-
-@dataclass
-class Bench:
-    """What the rows work with. `daemon` is None when the server is not ours to restart or look into."""
-
-    api: Api
-    daemon: Daemon | None
-    quick: bool
-
-    def times(self, full: int, quick: int) -> int:
-        return quick if self.quick else full
-
-    def timed_create(self, api: Api, made: list[str]) -> tuple[float, float]:
-        """Milliseconds until a new sandbox was answered, and until its first result was here."""
-        start = time.perf_counter()
-        sandbox_id = api.create()
-        made.append(sandbox_id)
-        answered = time.perf_counter()
-        api.check(sandbox_id)
-        return (answered - start) * 1000, (time.perf_counter() - start) * 1000
-
-
-def first_result(bench: Bench) -> Row:
-    ours, runs = alternate(bench.times(20, 5), lambda: _cold(bench)[1], reference.run_once)
-    return Row(
-        "first-result",
-        "a new sandbox until the first result of print(6*7), through REST",
-        "ms",
-        Series("sandboxd, cold", ours),
-        [Series("docker run --rm", runs)],
-        notes=[
-            "its goals (15 ms, 10 times faster) are for a pool of ready sandboxes, which does not exist yet"
-        ],
-    )
 
 
 def plain(bench: Bench) -> Row:
@@ -131,60 +91,6 @@ def pandas(bench: Bench) -> Row:
         at_most("p50", row.ours.p50, 20, " ms"),
         at_least("times faster than fresh", 1 / row.ratio(row.references[0]), 20),
     ]
-    return row
-
-
-def create(bench: Bench) -> Row:
-    answered = []
-
-    def ours() -> float:
-        times = _cold(bench)
-        answered.append(times[0])
-        return times[1]
-
-    results, raw = alternate(bench.times(30, 5), ours, _raw)
-    row = Row(
-        "create",
-        "a new sandbox, cold, until Python inside has answered",
-        "ms",
-        Series("sandboxd, first result", results),
-        [Series("docker run -d of the same container", raw)],
-        notes=[f"the agent had answered, and the create with it, at p50 {Series('', answered).p50:.1f} ms"],
-    )
-    row.goals = [at_most("p50 against docker run -d", row.ratio(row.references[0]), 1.25)]
-    return row
-
-
-def burst(bench: Bench) -> Row:
-    count = bench.times(50, 10)
-    made: list[str] = []
-    try:
-        with ThreadPoolExecutor(count) as pool:
-            start = time.perf_counter()
-            list(
-                pool.map(
-                    lambda api: bench.timed_create(api, made), [bench.api.another() for _ in range(count)]
-                )
-            )
-            ours = time.perf_counter() - start
-    finally:
-        with ThreadPoolExecutor(BURST_AT_ONCE) as pool:
-            list(pool.map(lambda sandbox_id: bench.api.another().stop(sandbox_id), made))
-    with ExitStack() as stack, ThreadPoolExecutor(BURST_AT_ONCE) as pool:
-        containers = [stack.enter_context(reference.RawContainer()) for _ in range(count)]
-        start = time.perf_counter()
-        list(pool.map(lambda container: container.start(), containers))
-        raw = time.perf_counter() - start
-    row = Row(
-        "burst",
-        f"{count} sandboxes asked for at once, until the last one has run print(6*7)",
-        "s",
-        Series("sandboxd", [ours]),
-        [Series(f"docker run -d, {BURST_AT_ONCE} at a time", [raw])],
-        notes=[f"{count / ours:.1f} a second; docker run -d {count / raw:.1f}"],
-    )
-    if not bench.quick:
-        row.goals = [at_most("the last one usable after", ours, 15, " s")]
     return row
 
 
@@ -305,9 +211,7 @@ def timeout(bench: Bench) -> Row:
 
 
 def restart(bench: Bench) -> Row:
-    daemon = bench.daemon
-    if daemon is None:
-        raise BenchError("the row 'restart' needs a daemon of its own: leave --base-url away")
+    daemon = bench.needs_daemon("restart")
     count = bench.times(20, 5)
 
     def again(number: int, ids: list[str]) -> float:
@@ -332,37 +236,6 @@ def restart(bench: Bench) -> Row:
     )
     row.goals = [at_most(f"{series.name} p50", series.p50, 3, " s") for series in (row.ours, *row.references)]
     return row
-
-
-ROWS: dict[str, Callable[[Bench], Row]] = {
-    "first-result": first_result,
-    "plain": plain,
-    "pandas": pandas,
-    "create": create,
-    "burst": burst,
-    "load-plain": load_plain,
-    "load-pandas": load_pandas,
-    "load-one": load_one,
-    "memory": memory,
-    "timeout": timeout,
-    "restart": restart,
-    "sdk": sdk,
-    "cli": cli,
-}
-
-
-def _cold(bench: Bench) -> tuple[float, float]:
-    made: list[str] = []
-    try:
-        return bench.timed_create(bench.api, made)
-    finally:
-        for sandbox_id in made:
-            bench.api.stop(sandbox_id)
-
-
-def _raw() -> float:
-    with reference.RawContainer() as container:
-        return container.start()
 
 
 def _load(bench: Bench, name: str, code: str, expected: str, goal: float, sandboxes: int) -> Row:

@@ -6,9 +6,11 @@ from threading import Thread
 
 import pytest
 
-from scripts.benchlib.client import Api
+from sandboxd.kit.ids import new_id
+from scripts.benchlib.client import Api, made_at_ms
 from scripts.benchlib.figures import BenchError, Row, Series, alternate, at_least, at_most
-from scripts.benchlib.rows import ROWS
+from scripts.benchlib.leftovers import paths_left
+from scripts.benchlib.table import NAMED, ROWS
 
 GUIDE = Path(__file__).parents[2] / "docs/benchmarks.md"
 
@@ -59,3 +61,18 @@ def test_a_wrong_answer_ends_the_run():
 def test_the_guide_explains_every_row():
     guide = GUIDE.read_text(encoding="utf-8")
     assert [name for name in ROWS if f"`{name}`" not in guide] == []
+
+
+def test_an_id_tells_a_hit_from_a_miss():
+    assert made_at_ms(new_id("sbx", now_ms=1_700_000_000_123)) == 1_700_000_000_123
+
+
+def test_rows_of_minutes_run_only_when_they_are_named():
+    assert set(NAMED) < set(ROWS)
+
+
+def test_what_sandboxes_left_is_found_and_those_alive_are_not(tmp_path):
+    gone = {f"{tmp_path}/run/owner/sbx_gone", f"{tmp_path}/state/workspaces/sbx_gone"}
+    for path in (*gone, f"{tmp_path}/run/owner/sbx_alive", f"{tmp_path}/run/owner/prepare"):
+        Path(path).mkdir(parents=True)
+    assert set(paths_left(tmp_path, {"sbx_alive"})) == gone
