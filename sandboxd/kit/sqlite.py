@@ -99,8 +99,8 @@ def _engine(url: URL, *, begin: str, foreign_keys: bool = True, **options: Any) 
     @event.listens_for(engine.sync_engine, "handle_error")
     def on_error(context: ExceptionContext) -> BaseException | None:
         error = context.original_exception
-        if not isinstance(error, sqlite3.OperationalError):
-            return None
+        if not isinstance(error, sqlite3.OperationalError) or error.sqlite_errorcode == sqlite3.SQLITE_ERROR:
+            return None  # the latter is a statement that SQLite does not understand: a fault of ours
         log.error("store unavailable", reason=str(error))
         return StoreUnavailableError(
             f"The store cannot be {'read' if begin == 'BEGIN' else 'written'}: {error}. Free some space if "
