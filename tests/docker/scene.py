@@ -22,14 +22,14 @@ SETTLE_S = 10.0
 class Scene:
     """One daemon on one engine."""
 
-    def __init__(self, daemon: Daemon, engine: docker.DockerClient) -> None:
+    def __init__(self, daemon: Daemon, engine: docker.DockerClient, store: Path | None = None) -> None:
         self.daemon = daemon
         self.engine = engine
+        self._store = store or daemon.state_dir / "sandboxd.db"
 
     def query(self, sql: str) -> list[tuple[Any, ...]]:
         """Straight from the file, also while no daemon runs."""
-        path = self.daemon.state_dir / "sandboxd.db"
-        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
+        with closing(sqlite3.connect(f"file:{self._store}?mode=ro", uri=True)) as connection:
             return connection.execute(sql).fetchall()
 
     def rows(self) -> dict[str, str]:

@@ -1,0 +1,119 @@
+"""The engine goes away, in order or not, and comes back: with live-restore nothing is lost, and without it
+the rows say why."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+
+import httpx2
+import pytest
+
+from tests.conftest import _daemon
+from tests.docker.scene import Scene, create, event_types, printed, state, strangers, until
+from tests.engines import IMAGE, OwnEngine, own_engine
+
+pytestmark = pytest.mark.docker
+
+SETTINGS = {
+    "SANDBOXD_DEFAULT_IMAGE": IMAGE,
+    "SANDBOXD_WARM_LIBRARIES": "false",
+    "SANDBOXD_MEMORY_SIZE_MB": "128",
+}
+TICKS = "import time\nfor number in range(200):\n    open('ticks', 'a').write('t')\n    time.sleep(0.05)\n"
+
+
+@contextmanager
+def served(live_restore: bool, **settings: str) -> Iterator[tuple[OwnEngine, Scene]]:
+    with (
+        own_engine(live_restore=live_restore) as engine,
+        closing(engine.client()) as client,
+        _daemon(client, SANDBOXD_DOCKER_URL=engine.url, **SETTINGS, **settings) as daemon,
+    ):
+        yield engine, Scene(daemon, client)
+        # Members of the pool are in no list: the next start takes them away.
+        daemon.stop(signal.SIGKILL)
+        daemon.start(SANDBOXD_POOL_MAX="0")
+
+
+def ticks(client: httpx2.Client, sandbox_id: str) -> int:
+    return len(client.get(f"/v1/sandboxes/{sandbox_id}/files", params={"path": "ticks"}).text)
+
+
+def created_again(client: httpx2.Client) -> str:
+    """The first create that the engine, back again, lets through."""
+    answer = until(
+        lambda: (made := client.post("/v1/sandboxes", json={})).status_code == 201 and made,
+    )
+    return str(answer.json()["id"])
+
+
+@pytest.mark.parametrize("end", [OwnEngine.stop, OwnEngine.kill], ids=["stopped", "killed"])
+def test_sandboxes_and_execs_go_on_without_their_engine(end: Callable[[OwnEngine], None]):
+    with served(live_restore=True) as (engine, scene), scene.daemon.client() as client:
+        sandboxes = [create(client)["id"] for _ in range(2)]
+        busy = sandboxes[0]
+        answers: list[httpx2.Response] = []
+        running = threading.Thread(
+            target=lambda: answers.append(client.post(f"/v1/sandboxes/{busy}/exec", json={"code": TICKS}))
+        )
+        running.start()
+        until(lambda: ticks(client, busy) > 3)
+        end(engine)
+
+        began = ticks(client, busy)
+        refused = client.post("/v1/sandboxes", json={})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_unavailable")
+        assert int(refused.headers["retry-after"]) > 0
+        assert client.get("/readyz").status_code == 503
+        assert [printed(client, each) for each in sandboxes] == ["42\n", "42\n"]
+        until(lambda: ticks(client, busy) > began + 5)
+
+        engine.start()
+        third = created_again(client)
+        assert printed(client, third) == "42\n"
+        assert [state(client, each) for each in sandboxes] == [("running", None)] * 2
+        running.join()
+        assert answers[0].json()["status"] == "completed"
+        assert ticks(client, busy) == 200
+        # The daemon listens again: an end is noticed at once, and told apart from the engine's own.
+        scene.engine.containers.get(third).kill()
+        until(lambda: state(client, third) == ("failed", "runtime_error"))
+        assert event_types(client, third) == ["created", "running", "failed"]
+        assert event_types(client, busy) == ["created", "running"]
+
+
+def test_without_live_restore_the_rows_say_that_the_engine_was_restarted(capsys):
+    rounds, told = 3, 0
+    pool = {"SANDBOXD_POOL_SIZE": "2", "SANDBOXD_POOL_MAX": "2"}
+    with served(live_restore=False, **pool) as (engine, scene), scene.daemon.client() as client:
+        members = until(lambda: len(scene.members()) == 2 and scene.members())
+        with strangers(scene.engine, IMAGE):
+            seconds = []
+            for _ in range(rounds):
+                made = [create(client)["id"] for _ in range(2)]
+                engine.stop()
+                began = time.monotonic()
+                engine.start()
+                until(lambda: all(state(client, each)[0] == "failed" for each in made))  # noqa: B023
+                seconds.append(time.monotonic() - began)
+                told += sum(state(client, each)[1] == "runtime_restart" for each in made)
+                members = until(lambda: fresh(scene, members))  # noqa: B023
+                assert event_types(client, made[0]) == ["created", "running", "failed"]
+        claimed = create(client)["id"]
+        assert claimed in members
+        assert printed(client, claimed) == "42\n"
+        scene.settled()
+        with capsys.disabled():
+            print(  # noqa: T201  # the figures are what the test is for
+                f"\nengine restarted {rounds} times: {told} of {2 * rounds} say runtime_restart, "
+                f"at most {max(seconds):.1f} s after its start"
+            )
+    assert told == 2 * rounds
+
+
+def fresh(scene: Scene, before: list[str]) -> list[str] | None:
+    """The pool, when it has been filled anew."""
+    members = scene.members()
+    return members if len(members) == 2 and not set(members) & set(before) else None
