@@ -37,6 +37,8 @@ class SandboxSpec:
     max_processes: int
     uid: int
     runtime: str
+    # Whether it is to give way to those that are used: for sandboxes that wait in the pool.
+    background: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +138,10 @@ class Runtime(Protocol):
 
     async def limit_cpus(self, sandbox_id: str, cpus: float | None) -> None:
         """Changes a running sandbox's share of CPU, in cores; None for as good as no limit."""
+
+    async def set_background(self, sandbox_id: str, background: bool) -> None:
+        """Whether the sandbox gets little CPU while others want it. Cheap enough for every claim; raises
+        RuntimeFaultError where the kernel's accounts of it cannot be reached."""
 
     async def update(self, sandbox_id: str, cpus: float, memory_mb: int) -> None:
         """Changes a sandbox's limits while it runs, to both values or to neither. Raises LimitBelowUseError

@@ -278,12 +278,18 @@ class Warmer:
                 return
             async with asyncio.timeout(_WARM_TIMEOUT_S):
                 while self._lifecycle.live.get(sandbox_id) is not None:
+                    # A second of CPU that nobody waits for, until somebody runs something beside it.
+                    if live.project_id is not None:
+                        await self._lifecycle.give_way(sandbox_id, way=live.execs == 0)
                     if (await live.agent.hello()).warm:
                         return
                     await asyncio.sleep(_QUIET_POLL_S)
         except (SandboxdError, TimeoutError) as error:
             # Nothing is lost but speed: imports then happen in the run itself.
             log.info("warm.failed", sandbox_id=sandbox_id, reason=str(error))
+        finally:
+            if live.project_id is not None and self._lifecycle.live.get(sandbox_id) is live:
+                await self._lifecycle.give_way(sandbox_id, way=False)
 
 
 class Gauges:

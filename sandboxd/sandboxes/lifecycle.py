@@ -151,6 +151,7 @@ class Lifecycle:
         live.deadline, live.idle_timeout_s = row.expires_boot_s, row.idle_timeout_s
         live.touch(row.last_active_at)
         live.idle.since_s = self._clock.monotonic()
+        await self.give_way(row.id, way=False)
         await self.meter.begin(live)
 
     async def adopt(self, row: Sandbox, phase: Phase) -> None:
@@ -197,6 +198,13 @@ class Lifecycle:
         await self._runtime.resume(sandbox_id)
         self.fail_points.reach(FailPoint.RESUME_THAWED)
         await self._agent(sandbox_id).timers(run=True)
+
+    async def give_way(self, sandbox_id: str, *, way: bool) -> None:
+        """Whether others go first when the CPU is short. A sandbox that cannot be told is as it was."""
+        try:
+            await self._runtime.set_background(sandbox_id, background=way)
+        except SandboxdError as error:
+            log.warning("sandbox.keeps_its_share", sandbox_id=sandbox_id, reason=error.message)
 
     async def note_instance(self, sandbox_id: str) -> None:
         """Writes down that the sandbox has lived to see this run of the engine."""
@@ -280,6 +288,7 @@ class Lifecycle:
             max_processes=self._settings.max_processes,
             uid=self._settings.first_uid + row.slot,
             runtime=row.runtime,
+            background=row.project_id is None,
         )
 
     def cpus(self, cpu_mhz: int) -> float:
@@ -349,6 +358,8 @@ class Lifecycle:
         """A daemon that died may have told the engine of limits that no client was told of."""
         try:
             await self._runtime.limit_cpus(row.id, self.cpus(row.cpu_mhz))
+            if row.project_id is not None:
+                await self.give_way(row.id, way=False)
             usage = await self._runtime.usage(row.id)
             if usage is not None and usage.memory_limit_mb not in (None, row.memory_size_mb):
                 await self._runtime.update(row.id, self.cpus(row.cpu_mhz), row.memory_size_mb)

@@ -1,6 +1,7 @@
 """What the conformance tests do with a sandbox: make one, run something in it, read its limits."""
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
@@ -72,6 +73,14 @@ class Limits:
     def cpu_quota_us(self) -> int:
         v1 = self._file("cpu", "cpu.cfs_quota_us")
         return int(v1.read_text()) if v1 else int(self._unified("cpu.max").split()[0])
+
+    def cpu_shares(self) -> int:
+        """In v1's unit, whichever the host has."""
+        v1 = self._file("cpu", "cpu.shares")
+        if v1:
+            return int(v1.read_text())
+        # The way back from cgroup v2's weight is not exact: to the nearest power of two.
+        return 1 << round(math.log2(2 + (int(self._unified("cpu.weight")) - 1) * 262142 / 9999))
 
     def memory_mb(self) -> int:
         v1 = self._file("memory", "memory.limit_in_bytes")

@@ -3,12 +3,14 @@
 import contextlib
 import statistics
 import time
+from dataclasses import replace
 
 import pytest
 
 from sandboxd.agentlink.client import Output
 from sandboxd.runtimes.base import Phase
 from sandboxd.runtimes.docker import selfcheck
+from sandboxd.runtimes.docker.container import BACKGROUND_SHARES, SHARES
 from sandboxd.runtimes.errors import LimitBelowUseError, RuntimeFaultError, SpecRefusedError
 from tests.conformance.sandbox import RUNTIMES, SANDBOX, Limits, agent_of, killed, make_spec, printed, request
 
@@ -46,6 +48,19 @@ async def test_limits_go_up_and_down_while_it_runs(runtime):
     await runtime.update(SANDBOX, 0.5, 256)
     assert limits.cpu_quota_us() == 25_000
     assert await printed(agent_of(runtime), "print(1)") == "1\n"
+
+
+async def test_one_in_the_background_gives_way_and_comes_to_the_front(runtime):
+    handle = await runtime.create(replace(await make_spec(runtime), background=True))
+    # The agent dials from inside: from then on the driver knows the container's groups.
+    assert await printed(agent_of(runtime), "print(1)") == "1\n"
+    limits = Limits(handle)
+    assert limits.cpu_shares() == BACKGROUND_SHARES
+    for background, shares in ((False, SHARES), (True, BACKGROUND_SHARES), (False, SHARES)):
+        await runtime.set_background(SANDBOX, background)
+        assert limits.cpu_shares() == shares
+    with pytest.raises(RuntimeFaultError, match="keeps its share"):
+        await runtime.set_background("sbx_nobody", False)
 
 
 @can_update

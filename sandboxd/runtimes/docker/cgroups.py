@@ -50,6 +50,14 @@ class Cgroup:
         else:
             (self.cpu / "cpu.cfs_quota_us").write_text(str(quota_us))
 
+    def set_shares(self, shares: int) -> None:
+        """The part of the CPU when several want it; 1024 is the ordinary one, as on v1. Raises OSError."""
+        if self.version == 2:
+            # As runc translates it: 2 to 262144 onto 1 to 10000.
+            (self.cpu / "cpu.weight").write_text(str(1 + (shares - 2) * 9999 // 262142))
+        else:
+            (self.cpu / "cpu.shares").write_text(str(shares))
+
     def limit_socket_memory(self) -> None:
         """Bounds the buffers of network sockets where v1 would not count them as memory: one sandbox could
         take all that the host has for TCP. Engines accept such a limit, but no longer set it."""

@@ -290,6 +290,15 @@ class DockerRuntime:
             )
         )
 
+    async def set_background(self, sandbox_id: str, background: bool) -> None:
+        held = self._held.get(sandbox_id)
+        try:
+            if held is None or held.cgroup is None:
+                raise FileNotFoundError("its control group is not known")
+            held.cgroup.set_shares(container.BACKGROUND_SHARES if background else container.SHARES)
+        except OSError as error:
+            raise RuntimeFaultError(f"sandbox {sandbox_id} keeps its share of CPU: {error}") from error
+
     async def update(self, sandbox_id: str, cpus: float, memory_mb: int) -> None:
         held = self._offered(sandbox_id, "update")
         limit = memory_mb * _MIB

@@ -196,3 +196,18 @@ async def test_metrics_tell_hits_misses_and_age(pooled):
     assert 'sandboxd_pool_claims_total{result="miss"} 1.0' in text
     assert "sandboxd_pool_age_seconds_count 2.0" in text
     assert "sandboxd_pool_refill_duration_seconds_count 3.0" in text
+
+
+async def test_members_stay_in_the_background_until_they_are_claimed(pooled):
+    assert set(pooled.runtime.background.values()) == {True}
+    row = await pooled.service.create(pooled.principal, NewSandbox())
+    assert pooled.runtime.background[row.id] is False
+    cold = await pooled.service.create(pooled.principal, NewSandbox(memory_size_mb=100))
+    assert pooled.runtime.background[cold.id] is False
+
+
+async def test_one_that_was_claimed_as_the_daemon_died_comes_to_the_front(pooled):
+    row = await pooled.service.create(pooled.principal, NewSandbox())
+    pooled.runtime.background[row.id] = True
+    await Node(pooled).sweep.run()
+    assert pooled.runtime.background[row.id] is False

@@ -38,6 +38,7 @@ class BrokenRuntime:
         self.calls: list[str] = []
         self.limits: dict[str, tuple[float, int]] = {}
         self.cpu_s: dict[str, float] = {}
+        self.background: dict[str, bool] = {}
         self.engine = "engine 1"
         self.digest = "sha256:1"
 
@@ -52,6 +53,7 @@ class BrokenRuntime:
 
     async def create(self, spec: Any) -> Handle:
         self.held[spec.id] = Phase.RUNNING
+        self.background[spec.id] = spec.background
         self.making.set()
         await self.gate.wait()
         self._step("create")
@@ -77,6 +79,9 @@ class BrokenRuntime:
         if memory_mb < 100:
             raise LimitBelowUseError("100 MB are in use")
         self.limits[sandbox_id] = (cpus, memory_mb)
+
+    async def set_background(self, sandbox_id: str, background: bool) -> None:
+        self.background[sandbox_id] = background
 
     async def limit_cpus(self, sandbox_id: str, cpus: float | None) -> None:
         self._step("limit_cpus")
