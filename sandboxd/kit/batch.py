@@ -88,8 +88,11 @@ class Batch(Generic[T]):
         """The last flush; what cannot be written even now is lost, and said so."""
         try:
             await self.flush()
+        except SandboxdError as error:
+            log.error("batch.lost", batch=self._name, items=len(self), reason=error.message)
         except Exception:  # border: the daemon ends, whatever the store does
             log.exception("batch lost", batch=self._name, items=len(self))
+        if self._waiting:
             self._on_dropped(len(self))
             self._waiting.clear()
 

@@ -457,10 +457,12 @@ class Lifecycle:
             async with self._db.write() as session:
                 if reading is not None:
                     await self.meter.write(session, [reading])
-                row = await store.get(session, sandbox_id)
-                if row.is_alive:
-                    await self._close(session, row, why, self._clock.now())
+                ended = await store.get(session, sandbox_id)
+                if ended.is_alive:
+                    await self._close(session, ended, why, self._clock.now())
+            row = ended
         except StoreUnavailableError:
+            # `ended` is of no use: what was read in a transaction that failed is forgotten.
             self._unwritten[sandbox_id] = _UnwrittenEnd(why, self._clock.now(), reading, principal)
             row = self.patched(row)
         self._events.wake()

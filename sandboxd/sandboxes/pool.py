@@ -36,6 +36,8 @@ MAX_QUIET_WAIT_S = 1.0
 RETRY_S = 5.0
 CHECK_INTERVAL_S = 15.0
 CHECK_TIMEOUT_S = 5.0
+# Whoever gave no answer is asked again soon: until then nobody may claim it.
+RECHECK_S = 2.0
 MAX_MISSES = 2
 
 
@@ -245,7 +247,8 @@ class Pool:
     async def _check(self) -> None:
         """Members that do not answer are replaced before a client meets them, and so are those of an image
         that has been built anew. The question also keeps their warm interpreter from being ended."""
-        if time.monotonic() - self._checked_s < CHECK_INTERVAL_S:
+        interval_s = RECHECK_S if self._misses else CHECK_INTERVAL_S
+        if time.monotonic() - self._checked_s < interval_s:
             return
         self._checked_s = time.monotonic()
         for image in {row.image for row in self._ready.values()}:
