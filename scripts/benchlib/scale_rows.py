@@ -19,6 +19,7 @@ SOAK_POOL = 2
 _WARM_UP = 10
 # Ends are answered a moment before the engine has removed the last of a group.
 _GONE_S = 10.0
+_HUNG_UP_S = 1.0
 
 
 def hold(bench: Bench) -> Row:
@@ -101,7 +102,11 @@ def soak(bench: Bench) -> Row:
                     hits += sum(hit for _, hit in done)
                     if stage == cycles:
                         memory.append((len(times), resident_kb(daemon.pid)))
+                # Nobody is connected when files are counted.
+                for client in clients:
+                    client.hang_up()
                 left = _left_after(api, daemon, groups_before)
+                time.sleep(_HUNG_UP_S)
                 files.append(open_files(daemon.pid))
     growth = statistics.linear_regression([at for at, _ in memory], [kb for _, kb in memory]).slope * 100
     row = Row(
