@@ -111,6 +111,9 @@ class SandboxService:
         row = await self.get(principal.project_id, sandbox_id)
         if not row.is_alive:
             return row
+        if row.node_id != self._lifecycle.node_id:
+            # Only its node can end it: the row alone would say "stopped" of something that runs on.
+            raise UnavailableError(f"Sandbox {row.id} is held by another node, {row.node_id}; try again.")
         return await self._lifecycle.end(row.id, Reason.USER, principal)
 
     async def running(self, project_id: str, sandbox_id: str) -> LiveSandbox:
@@ -136,8 +139,9 @@ class SandboxService:
             cpu_mhz = changes.get("cpu_mhz", row.cpu_mhz)
             memory_size_mb = changes.get("memory_size_mb", row.memory_size_mb)
             resized = (cpu_mhz, memory_size_mb) != (row.cpu_mhz, row.memory_size_mb)
+            growth = (cpu_mhz - row.cpu_mhz, memory_size_mb - row.memory_size_mb)
             if resized:
-                await self._check_growth(principal, row, cpu_mhz, memory_size_mb)
+                await self._check_growth(principal, row, growth)
                 await self._runtime.update(row.id, self._lifecycle.cpus(cpu_mhz), memory_size_mb)
                 live.cpus = self._lifecycle.cpus(cpu_mhz)
             self._lifecycle.fail_points.reach(FailPoint.UPDATE_APPLIED)
@@ -149,7 +153,9 @@ class SandboxService:
             if "timeout_s" in changes:
                 values |= self._timeout(row, changes["timeout_s"])
             try:
-                row = await self._write(principal, row, Status(row.status), values, "update", sorted(changes))
+                row = await self._write(
+                    principal, row, Status(row.status), values, "update", sorted(changes), growth
+                )
             except SandboxdError:
                 if resized and self.live.get(row.id) is live:
                     live.cpus = self._lifecycle.cpus(row.cpu_mhz)
@@ -344,19 +350,20 @@ class SandboxService:
         if "memory_size_mb" in changes:
             self._limits.memory(changes["memory_size_mb"])
 
-    async def _check_growth(
-        self, principal: Principal, row: Sandbox, cpu_mhz: int, memory_size_mb: int
-    ) -> None:
+    async def _check_growth(self, principal: Principal, row: Sandbox, growth: tuple[int, int]) -> None:
+        """Before the engine is asked; what counts is the same question in the transaction that writes it."""
         if not self._lifecycle.capabilities.update:
             raise SpecRefusedError(f"The runtime {row.runtime} of this server cannot change limits.")
         async with self._db.read() as session:
-            await self._limits.check_quota(
-                session,
-                principal,
-                sandboxes=0,
-                cpu_mhz=cpu_mhz - row.cpu_mhz,
-                memory_size_mb=memory_size_mb - row.memory_size_mb,
-            )
+            await self._check_quota(session, principal, growth)
+
+    async def _check_quota(
+        self, session: AsyncSession, principal: Principal, growth: tuple[int, int]
+    ) -> None:
+        cpu_mhz, memory_size_mb = growth
+        await self._limits.check_quota(
+            session, principal, sandboxes=0, cpu_mhz=cpu_mhz, memory_size_mb=memory_size_mb
+        )
 
     def _timeout(self, row: Sandbox, timeout_s: float | None) -> dict[str, Any]:
         if row.status == Status.PAUSED:
@@ -374,9 +381,14 @@ class SandboxService:
         values: Mapping[str, Any],
         verb: str,
         fields: Sequence[str],
+        growth: tuple[int, int] = (0, 0),
     ) -> Sandbox:
-        """Changes the row if it is still in the state that was read, with its event and audit entry."""
+        """Changes the row if it is still in the state that was read, with its event and audit entry.
+        `growth` is what it takes more of CPU and memory: two at once must not each see room for one."""
         async with self._db.write() as session:
+            if max(growth) > 0:
+                await self._db.serialize(session, f"quota_{principal.project_id}")
+                await self._check_quota(session, principal, growth)
             changed = await store.change(session, row.id, [expected], dict(values))
             row = await store.get(session, row.id)
             if changed:

@@ -7,6 +7,7 @@ import pytest
 from sandboxd.identity.errors import IdempotencyConflictError
 from sandboxd.kit.clock import SystemClock
 from sandboxd.kit.db import StoreUnavailableError
+from sandboxd.kit.errors import UnavailableError
 from sandboxd.kit.metrics import Metrics
 from sandboxd.kit.paging import PageParams
 from sandboxd.runtimes.base import Handle, Phase
@@ -311,6 +312,31 @@ async def test_quotas_count_cpu_and_memory_and_growth(world):
     with pytest.raises(QuotaError, match="cpu_mhz"):
         await world.service.update(principal, row.id, {"cpu_mhz": 6000})
     assert (await world.service.update(principal, row.id, {"memory_size_mb": 1024})).memory_size_mb == 1024
+
+
+async def test_two_that_grow_at_once_do_not_share_the_same_room(world):
+    principal = world.quota(memory_size_mb=1000)
+    rows = [await world.service.create(principal, NewSandbox(memory_size_mb=300)) for _ in range(3)]
+    results = await asyncio.gather(
+        *(world.service.update(principal, row.id, {"memory_size_mb": 400}) for row in rows),
+        return_exceptions=True,
+    )
+    assert [type(result) for result in results if isinstance(result, BaseException)] == [QuotaError] * 2
+    # What was refused is as small as before in the engine, too.
+    assert sorted(memory_mb for _, memory_mb in world.runtime.limits.values()) in (
+        [400],
+        [300, 400],
+        [300, 300, 400],
+    )
+
+
+async def test_a_stop_at_another_node_does_not_say_stopped_of_what_runs_on(world):
+    # A client may say that its request was handed on already, and so reach a node that holds nothing of it.
+    row = await create(world)
+    with pytest.raises(UnavailableError, match="held by another node"):
+        await Node(world, "other").service.stop(world.principal, row.id)
+    assert (await world.service.get(world.principal.project_id, row.id)).status == "running"
+    assert list(world.runtime.held) == [row.id]
 
 
 async def test_lists_filter_by_labels_and_keep_the_order_of_creation(world):
