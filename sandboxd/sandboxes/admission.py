@@ -18,6 +18,8 @@ log = structlog.get_logger(__name__)
 START_MEMORY_MB = 64
 RETRY_S = 0.25
 RETRY_AFTER_S = 5
+# Creates that may wait at once. Each looks again and again: a flood of them would keep the daemon from others.
+MAX_WAITING = 100
 INOTIFY_INTERVAL_S = 10.0
 _MB = 1024 * 1024
 _INOTIFY_LIMIT = Path("/proc/sys/fs/inotify/max_user_instances")
@@ -31,6 +33,7 @@ class Admission:
         self._metrics = metrics
         self._starting = starting
         self._inotify_used = 0
+        self._waiting = 0
 
     async def wait(self) -> None:
         """Returns when there is room. Raises HostFullError when there is none for `admission_wait_s`."""
@@ -40,9 +43,18 @@ class Admission:
         resource, message = shortage
         log.warning("admission.waits", resource=resource, message=message)
         self._metrics.admission_waits.labels(resource).inc()
-        deadline = asyncio.get_running_loop().time() + self._settings.admission_wait_s
+        self._waiting += 1
+        try:
+            await self._wait(shortage)
+        finally:
+            self._waiting -= 1
+
+    async def _wait(self, shortage: tuple[str, str] | None) -> None:
+        loop = asyncio.get_running_loop()
+        patience_s = self._settings.admission_wait_s if self._waiting <= MAX_WAITING else 0.0
+        deadline = loop.time() + patience_s
         while shortage is not None:
-            if asyncio.get_running_loop().time() >= deadline:
+            if loop.time() >= deadline:
                 resource, message = shortage
                 self._metrics.admission_refusals.labels(resource).inc()
                 raise HostFullError(

@@ -116,6 +116,10 @@ class BusyError(SandboxdError):
         super().__init__(f"{message}; wait for one to end and try again.", headers={"Retry-After": "1"})
 
 
+class FollowersError(BusyError):
+    code = "too_many_followers"
+
+
 class DiskFullError(SandboxdError):
     status = 507
     type = "invalid_request_error"

@@ -1,6 +1,7 @@
 """What happened to sandboxes, in the order of commits: written with each change, listed, followed."""
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
@@ -13,10 +14,12 @@ from sandboxd.kit.db import Database
 from sandboxd.kit.errors import BadRequestError, UnavailableError
 from sandboxd.kit.ids import new_id
 from sandboxd.kit.paging import PageParams, split
-from sandboxd.sandboxes.errors import BusyError
+from sandboxd.sandboxes.errors import FollowersError
 from sandboxd.sandboxes.models import Event, Sandbox
 
 MAX_FOLLOWERS = 500
+# Of one project: each looks into the store at every change, and none may take all places.
+MAX_PROJECT_FOLLOWERS = 50
 POLL_INTERVAL_S = 1.0
 KEEP_ALIVE_S = 15.0
 _BATCH = 200
@@ -30,7 +33,7 @@ class Events:
         self._clock = clock
         self._closing = closing
         self._changed = asyncio.Event()
-        self._followers = 0
+        self._followers: Counter[str] = Counter()
         self._last = 0
 
     async def emit(self, session: AsyncSession, row: Sandbox, type: str, **data: Any) -> None:
@@ -84,19 +87,20 @@ class Events:
     ) -> AsyncGenerator[Event | None]:
         """Events after the one named, or from now on, as they come; None now and then when there are none,
         so that the consumer can show that it lives. Ends in UnavailableError when the daemon stops."""
-        if self._followers >= MAX_FOLLOWERS:
-            raise BusyError(f"{MAX_FOLLOWERS} clients follow events already, the limit")
+        self._check_room(project_id)
         async with self._db.read() as session:
             if after is not None:
                 position = await _sequence_of(session, project_id, after)
             else:
                 position = (await session.exec(select(func.max(Event.sequence)))).one() or 0
+        # Others may have come meanwhile.
+        self._check_room(project_id)
         return self._follow(project_id, position, sandbox_id, type)
 
     async def _follow(
         self, project_id: str, position: int, sandbox_id: str | None, type: str | None
     ) -> AsyncGenerator[Event | None]:
-        self._followers += 1
+        self._followers[project_id] += 1
         try:
             while True:
                 # Taken before the look: what comes during it must not be missed.
@@ -118,7 +122,15 @@ class Events:
                 except TimeoutError:
                     yield None
         finally:
-            self._followers -= 1
+            self._followers[project_id] -= 1
+            if not self._followers[project_id]:
+                del self._followers[project_id]
+
+    def _check_room(self, project_id: str) -> None:
+        if self._followers[project_id] >= MAX_PROJECT_FOLLOWERS:
+            raise FollowersError(f"{MAX_PROJECT_FOLLOWERS} clients of the project follow events, the limit")
+        if self._followers.total() >= MAX_FOLLOWERS:
+            raise FollowersError(f"{MAX_FOLLOWERS} clients follow events already, the limit")
 
 
 async def prune(session: AsyncSession, before: float, limit: int) -> int:

@@ -6,7 +6,7 @@ import psutil
 import pytest
 
 from sandboxd.kit.metrics import Metrics
-from sandboxd.sandboxes.admission import Admission
+from sandboxd.sandboxes.admission import MAX_WAITING, Admission
 from sandboxd.sandboxes.errors import HostFullError
 from sandboxd.sandboxes.limits import NewSandbox
 from tests.sandboxd.sandboxes.world import Node
@@ -74,6 +74,19 @@ async def test_a_create_refused_for_want_of_room_leaves_nothing(world):
         await node.service.create(world.principal, NewSandbox())
     assert await world.rows() == {}
     assert world.runtime.held == {}
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+async def test_a_flood_on_a_full_host_does_not_wait(world):
+    guard, _ = admission(world, admission_wait_s=600, min_free_memory_mb=HUGE)
+    waits = [asyncio.ensure_future(guard.wait()) for _ in range(MAX_WAITING + 20)]
+    done, waiting = await asyncio.wait(waits, timeout=0.1)
+    assert (len(done), len(waiting)) == (20, MAX_WAITING)
+    assert {type(wait.exception()) for wait in done} == {HostFullError}
+    for wait in waiting:
+        wait.cancel()
+    await asyncio.wait(waiting)
+    assert guard._waiting == 0
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)

@@ -7,6 +7,7 @@ import pytest
 from sandboxd.kit.errors import BadRequestError, UnavailableError
 from sandboxd.kit.paging import PageParams
 from sandboxd.runtimes.errors import EngineUnavailableError
+from sandboxd.sandboxes.errors import FollowersError
 from sandboxd.sandboxes.limits import NewSandbox
 from tests.sandboxd.sandboxes.world import Node, World
 
@@ -101,3 +102,26 @@ async def test_a_follower_hears_of_what_another_daemon_wrote(world):
     async with asyncio.timeout(5):
         assert (await waiting).type == "sandbox.created"
     await following.aclose()
+
+
+async def test_one_project_cannot_take_all_places_of_followers(world, monkeypatch):
+    monkeypatch.setattr("sandboxd.sandboxes.events.MAX_FOLLOWERS", 4)
+    monkeypatch.setattr("sandboxd.sandboxes.events.MAX_PROJECT_FOLLOWERS", 3)
+    events, project, other = world.node.events, world.principal.project_id, "proj_other"
+
+    async def follow(project_id: str) -> asyncio.Task:
+        waiting = asyncio.ensure_future(anext(await events.follow(project_id, None)))
+        await asyncio.sleep(0)
+        return waiting
+
+    mine = [await follow(project) for _ in range(3)]
+    with pytest.raises(FollowersError, match="3 clients of the project"):
+        await follow(project)
+    theirs = await follow(other)
+    with pytest.raises(FollowersError, match="4 clients follow"):
+        await follow(other)
+    # Whoever leaves gives the place back.
+    for waiting in (*mine, theirs):
+        waiting.cancel()
+    await asyncio.gather(*mine, theirs, return_exceptions=True)
+    assert not events._followers
