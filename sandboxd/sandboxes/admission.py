@@ -18,7 +18,7 @@ log = structlog.get_logger(__name__)
 START_MEMORY_MB = 64
 RETRY_S = 0.25
 RETRY_AFTER_S = 5
-# Creates that may wait at once. Each looks again and again: a flood of them would keep the daemon from others.
+# Creates that may wait at once. Each looks again and again: a flood would keep the daemon from others.
 MAX_WAITING = 100
 INOTIFY_INTERVAL_S = 10.0
 _MB = 1024 * 1024

@@ -153,14 +153,17 @@ class Pool:
         now = self._clock.monotonic()
         default = self._limits.default_size()
         wanted = {size: demand.peak(now) for size, demand in self._demand.items()}
-        wanted[default] = max(wanted.get(default, 0), self._settings.pool_size)
         room = self._settings.pool_max
-        targets: dict[Size, int] = {}
+        # The operator's word first: whatever else clients ask for, it does not push that out.
+        targets = {default: min(self._settings.pool_size, room)}
+        room -= targets[default]
+        wanted[default] = max(0, wanted.get(default, 0) - targets[default])
+        left = sorted(((size, count) for size, count in wanted.items() if count), key=lambda item: -item[1])
         # The sizes most asked for first, but no one of them may push the others out entirely.
-        for size, count in sorted(wanted.items(), key=lambda item: -item[1]):
-            others = sum(1 for other, least in wanted.items() if least and other not in targets) - 1
-            targets[size] = max(0, min(count, room - max(0, others)))
-            room -= targets[size]
+        for others, (size, count) in zip(range(len(left) - 1, -1, -1), left, strict=True):
+            share = min(count, room, max(1, room - others))
+            targets[size] = targets.get(size, 0) + share
+            room -= share
         return {size: count for size, count in targets.items() if count}
 
     async def _step(self) -> bool:

@@ -280,10 +280,15 @@ class SandboxService:
             await self._record_new(session, principal, row.id, repeatable)
 
         await self._lifecycle.insert(row, also)
-        self._pool.asked(size, None)
         task = self._lifecycle.start(row)
+        task.add_done_callback(lambda done: self._learn(size, done))
         # A client that hangs up, or a drain, must not leave half a sandbox behind.
         return await asyncio.shield(task) if wanted.wait else row
+
+    def _learn(self, size: Size, done: asyncio.Task[Sandbox]) -> None:
+        # Only from what came to life: refills of an image that cannot start would keep the pool from others.
+        if not done.cancelled() and done.exception() is None:
+            self._pool.asked(size, None)
 
     async def _check_new(
         self, session: AsyncSession, principal: Principal, size: Size, repeatable: Repeatable | None

@@ -5,7 +5,9 @@ import asyncio
 import pytest
 
 from sandboxd.runtimes.base import Phase
+from sandboxd.runtimes.errors import EngineUnavailableError
 from sandboxd.sandboxes import store
+from sandboxd.sandboxes.errors import QuotaError
 from sandboxd.sandboxes.limits import NewSandbox
 from sandboxd.sandboxes.pool import MEMORY_S, Demand
 from sandboxd.sandboxes.service import Repeatable
@@ -93,6 +95,32 @@ async def test_targets_follow_demand_stay_in_the_bound_and_leave_room_for_each_s
         pool.asked(default, None)
     pool.asked(other, None)
     assert pool.targets() == {default: 5, other: 1}
+
+
+async def test_many_odd_sizes_do_not_push_out_what_the_operator_wants(pooled):
+    pool = pooled.node.pool
+    default = pooled.node.limits.default_size()
+    for times in (1, 9):
+        for memory_size_mb in range(100, 150):
+            for _ in range(times):
+                pool.asked(pooled.node.limits.size(NewSandbox(memory_size_mb=memory_size_mb)), None)
+        assert pool.targets()[default] == 3
+        assert sum(pool.targets().values()) == 6
+    often = pooled.node.limits.size(NewSandbox(memory_size_mb=300))
+    for _ in range(20):
+        pool.asked(often, None)
+    assert pool.targets()[often] >= 1
+
+
+async def test_creates_that_fail_or_are_refused_make_no_demand(pooled):
+    size = NewSandbox(memory_size_mb=300)
+    pooled.runtime.fail_at = "create"
+    with pytest.raises(EngineUnavailableError):
+        await pooled.service.create(pooled.principal, size)
+    pooled.runtime.fail_at = ""
+    with pytest.raises(QuotaError):
+        await pooled.service.create(pooled.quota(sandboxes=0), size)
+    assert pooled.node.pool.targets() == {pooled.node.limits.default_size(): 3}
 
 
 def test_demand_is_the_busiest_window_and_is_forgotten():
