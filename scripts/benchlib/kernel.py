@@ -65,8 +65,8 @@ def process_cpu_ms(pid: int) -> float:
 
 
 def resident_kb(pid: int) -> int:
-    """Memory of a process, with what it shares with others."""
-    return _field(pid, "VmRSS")
+    """Memory of a process, without pages of files: those are the kernel's to drop."""
+    return _field(pid, "RssAnon")
 
 
 def open_files(pid: int) -> int:
