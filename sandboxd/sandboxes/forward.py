@@ -3,28 +3,34 @@ talk to any of them."""
 
 import asyncio
 import re
+from collections import Counter
 from collections.abc import AsyncIterator
 
 import httpx2
 import structlog
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from sandboxd.kit.errors import SandboxdError, UnavailableError
+from sandboxd.kit.errors import BadRequestError, SandboxdError, TooLargeError, UnavailableError
 from sandboxd.kit.http import error_response
 from sandboxd.kit.ids import ID_PATTERN
+from sandboxd.sandboxes.errors import BusyError
 from sandboxd.sandboxes.live import LiveSandboxes
 from sandboxd.sandboxes.nodes import Nodes
 
 log = structlog.get_logger(__name__)
 
 # What needs the sandbox itself; what only reads the store is answered by any node.
-_PATH = re.compile(rf"/v1/sandboxes/({ID_PATTERN.strip('^$')})(/.*)?")
+# Plain segments only: with dots, empty ones or escapes the other node would be asked for something else.
+_PATH = re.compile(rf"/v1/sandboxes/({ID_PATTERN.strip('^$')})((?:/[a-z0-9_]+)*)")
 _FROM_THE_STORE = ("", "/events")
 FORWARDED = b"x-sandboxd-forwarded"
 CONNECT_TIMEOUT_S = 5.0
 # For one connection to fall silent: an exec may say nothing for as long as it may run.
 READ_TIMEOUT_S = 7200.0
-MAX_CONNECTIONS = 512
+MAX_CONNECTIONS = 1024
+# Of one project, so that its long execs leave connections to the others.
+MAX_PROJECT_CONNECTIONS = 512
 _HOP_BY_HOP = frozenset([b"connection", b"keep-alive", b"transfer-encoding", b"te", b"trailer", b"upgrade"])
 
 
@@ -36,6 +42,7 @@ class ForwardMiddleware:
         self.nodes = nodes
         self.live = live
         self._client: httpx2.AsyncClient | None = None
+        self._under_way: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -59,7 +66,20 @@ class ForwardMiddleware:
             )
             await error_response(unreachable)(scope, receive, send)
             return
-        await self._forward(address, scope, receive, send)
+        project_id = scope["principal"].project_id
+        if self._under_way[project_id] >= MAX_PROJECT_CONNECTIONS:
+            busy = BusyError(
+                f"{MAX_PROJECT_CONNECTIONS} requests of the project are at other nodes, the limit"
+            )
+            await error_response(busy)(scope, receive, send)
+            return
+        self._under_way[project_id] += 1
+        try:
+            await self._forward(address, scope, receive, send)
+        finally:
+            self._under_way[project_id] -= 1
+            if not self._under_way[project_id]:
+                del self._under_way[project_id]
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -87,16 +107,16 @@ class ForwardMiddleware:
             timeout = httpx2.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S, pool=CONNECT_TIMEOUT_S)
             self._client = httpx2.AsyncClient(limits=limits, timeout=timeout, trust_env=False)
         query = scope["query_string"].decode("latin-1")
-        target = scope.get("raw_path", scope["path"].encode()).decode("latin-1")
         headers = [pair for pair in scope["headers"] if pair[0] not in _HOP_BY_HOP and pair[0] != b"host"]
         headers.append((FORWARDED, b"1"))
         has_body = any(name in (b"content-length", b"transfer-encoding") for name, _ in scope["headers"])
-        request = self._client.build_request(
-            scope["method"],
-            f"{address.rstrip('/')}{target}" + (f"?{query}" if query else ""),
-            headers=headers,
-            content=_body(receive) if has_body else None,
-        )
+        url = f"{address.rstrip('/')}{scope['path']}" + (f"?{query}" if query else "")
+        content = _body(receive) if has_body else None
+        try:
+            request = self._client.build_request(scope["method"], url, headers=headers, content=content)
+        except httpx2.InvalidURL as error:
+            await error_response(BadRequestError(f"The URL is not valid: {error}"))(scope, receive, send)
+            return
         started = False
         try:
             response = await self._client.send(request, stream=True)
@@ -109,6 +129,11 @@ class ForwardMiddleware:
                 await self._copy(response, receive, send)
             finally:
                 await response.aclose()
+        except HTTPException as error:
+            # The body turned out to be too large while it was read.
+            if started:
+                raise
+            await error_response(TooLargeError(error.detail))(scope, receive, send)
         except httpx2.HTTPError as error:
             log.warning("forward.failed", address=address, reason=str(error) or type(error).__name__)
             if started:
