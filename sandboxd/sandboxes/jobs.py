@@ -174,10 +174,11 @@ class Sweep:
         if row.status == Status.READY and live.project_id is None and not self._pool.is_member(row.id):
             # It was to be removed, and the store could not be told.
             self._pool.add(row)
-        frozen = phase is Phase.PAUSED
-        if frozen != live.paused and not live.changing.locked():
+        # The row is of a while ago; what is settled then is read again.
+        said = (row.project_id, row.status == Status.PAUSED, phase is Phase.PAUSED)
+        if said != (live.project_id, live.paused, live.paused) and not live.changing.locked():
             async with live.changing:
-                await self._lifecycle.settle_phase(row.id)
+                await self._lifecycle.settle_live(live)
 
     async def _drop_dead(self, row: Sandbox, phase: Phase | None) -> None:
         if row.engine_instance != self._lifecycle.engine_instance:
@@ -196,7 +197,7 @@ class Sweep:
         if sandbox_id in still:
             return  # it came to life after our first look
         self._count("remove_leftover", sandbox_id)
-        await self._runtime.delete(sandbox_id)
+        await self._lifecycle.forget(sandbox_id)
 
     def _count(self, action: str, sandbox_id: str) -> None:
         log.info("sweep", action=action, sandbox_id=sandbox_id)

@@ -17,7 +17,7 @@ from sandboxd.identity import audit, idempotency
 from sandboxd.identity.service import Principal
 from sandboxd.kit.clock import Clock
 from sandboxd.kit.db import Database, StoreUnavailableError
-from sandboxd.kit.errors import SandboxdError
+from sandboxd.kit.errors import SandboxdError, UnavailableError
 from sandboxd.kit.metrics import Metrics
 from sandboxd.kit.settings import Settings
 from sandboxd.kit.tasks import TaskOwner
@@ -163,12 +163,18 @@ class Lifecycle:
         await self.freeze_or_thaw(row, phase)
         if row.engine_instance != self.engine_instance:
             await self.note_instance(row.id)
-        deadline = row.expires_boot_s if row.boot_id == self.boot_id else self._clock.monotonic()
-        if row.timeout_s is None or row.status in (Status.PAUSED, Status.READY):
-            deadline = None
-        live = self._go_live(row, deadline)
+        async with self._db.read() as session:
+            now = await store.look(session, row.id)
+        if now is None or now.status != row.status or self.is_busy(row.id):
+            raise UnavailableError(f"sandbox {row.id} was stopped while it was taken up")
+        live = self._go_live(row, self._deadline(row))
         for hook in self.on_adopted:
             hook(live)
+
+    async def forget(self, sandbox_id: str) -> None:
+        """Removes what the store has no living row of: a leftover, or one that another node has given up."""
+        self.live.remove(sandbox_id)
+        await self._runtime.delete(sandbox_id)
 
     async def freeze_or_thaw(self, row: Sandbox, phase: Phase) -> None:
         """Brings the engine to what the row says: a daemon died, or a call failed, on its way into the
@@ -178,13 +184,23 @@ class Lifecycle:
         elif row.status != Status.PAUSED and phase is Phase.PAUSED:
             await self.thaw(row.id)
 
-    async def settle_phase(self, sandbox_id: str) -> None:
-        """The same for one that is live here; the caller holds its `changing`."""
+    async def settle_live(self, live: LiveSandbox) -> None:
+        """Brings one that is live here, and the engine, to what its row says: a call failed half-way, or the
+        answer to a commit was lost. The caller holds its `changing`."""
         async with self._db.read() as session:
-            row = await store.get(session, sandbox_id)
-        if row.handle is not None and row.status in (Status.READY, Status.RUNNING, Status.PAUSED):
-            found = await self._runtime.observe(Handle(row.handle))
-            await self.freeze_or_thaw(row, found.phase)
+            row = await store.get(session, live.id)
+        if row.handle is None or row.status not in (Status.READY, Status.RUNNING, Status.PAUSED):
+            return
+        was_paused = live.paused
+        if row.status != Status.READY:  # and no claim can be under way
+            if live.project_id is None:
+                await self.claimed(row)
+            live.paused, live.deadline = row.status == Status.PAUSED, self._deadline(row)
+        found = await self._runtime.observe(Handle(row.handle))
+        await self.freeze_or_thaw(row, found.phase)
+        if was_paused and not live.paused:
+            for hook in self.on_adopted:
+                hook(live)
 
     async def freeze(self, sandbox_id: str) -> None:
         try:
@@ -265,11 +281,12 @@ class Lifecycle:
     async def _write_ends(self) -> None:
         """Tells the store of ends that it could not be told of when they happened."""
         for sandbox_id, end in list(self._unwritten.items()):
+            # Of a commit whose answer was lost nobody knew: then all of it is there, the reading too.
             async with self._db.write() as session:
-                if end.reading is not None:
-                    await self.meter.write(session, [end.reading])
-                row = await store.get(session, sandbox_id)
-                if row.is_alive:
+                row = await store.look(session, sandbox_id)
+                if row is not None and row.is_alive:
+                    if end.reading is not None:
+                        await self.meter.write(session, [end.reading])
                     if row.status != Status.STOPPING and end.by is not None:
                         self._record_stop(session, end.by, sandbox_id)
                     await self._close(session, row, end.reason, end.at)
@@ -391,6 +408,11 @@ class Lifecycle:
             hook(live)
         return live
 
+    def _deadline(self, row: Sandbox) -> float | None:
+        if row.timeout_s is None or row.status in (Status.PAUSED, Status.READY):
+            return None
+        return row.expires_boot_s if row.boot_id == self.boot_id else self._clock.monotonic()
+
     def _unmetered_s(self, row: Sandbox) -> float:
         """What passed between the last metering and now: all of it, when this is a sandbox taken up."""
         if row.metered_at is None:
@@ -442,10 +464,10 @@ class Lifecycle:
             async with self._db.read() as session:
                 row = await store.get(session, sandbox_id)
             row.termination_reason = row.termination_reason or reason
+        live = self.live.remove(sandbox_id)
         if not row.is_alive:
             return row
         self.fail_points.reach(FailPoint.STOP_MARKED)
-        live = self.live.remove(sandbox_id)
         if live is not None:
             reading = await self.meter.read(live) if live.project_id is not None else None
         else:

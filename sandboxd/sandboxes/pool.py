@@ -103,8 +103,9 @@ class Pool:
         self._ready[row.id] = row
 
     def gone(self) -> list[str]:
-        """Members of which the life cycle knows that they have ended."""
-        return [sandbox_id for sandbox_id in self._ready if self._lifecycle.live.get(sandbox_id) is None]
+        """Members of which the life cycle knows that they have ended, or are somebody's."""
+        found = {sandbox_id: self._lifecycle.live.get(sandbox_id) for sandbox_id in self._ready}
+        return [name for name, live in found.items() if live is None or live.project_id is not None]
 
     def doubtful(self) -> list[str]:
         """Members that nobody may claim: they have ended, or gave no answer when they were last asked."""
@@ -269,9 +270,11 @@ class Pool:
                 await live.agent.hello(CHECK_TIMEOUT_S)
             self._misses.pop(sandbox_id, None)
         except SandboxdError as error:
+            if sandbox_id not in self._ready:
+                return  # claimed or removed meanwhile
             self._misses[sandbox_id] = self._misses.get(sandbox_id, 0) + 1
             log.warning("pool.no_answer", sandbox_id=sandbox_id, reason=error.message)
-            if self._misses[sandbox_id] >= MAX_MISSES and sandbox_id in self._ready:
+            if self._misses[sandbox_id] >= MAX_MISSES:
                 await self._remove(sandbox_id, "dead")
 
     async def _remove(self, sandbox_id: str, reason: str) -> None:

@@ -10,6 +10,7 @@ from sqlmodel.ext.asyncio.session import AsyncSession
 
 from sandboxd.kit.ids import is_id
 from sandboxd.kit.paging import PageParams, split
+from sandboxd.sandboxes.errors import SandboxNotFoundError
 from sandboxd.sandboxes.models import Exec, Sandbox
 from sandboxd.sandboxes.states import ALIVE, Status
 
@@ -155,8 +156,17 @@ async def change(
 
 
 async def get(session: AsyncSession, sandbox_id: str) -> Sandbox:
-    """A row known to exist; for the daemon's own work, never for what a client names."""
-    return (await session.exec(select(Sandbox).where(Sandbox.id == sandbox_id))).one()
+    """As `look`, for a row that should be there. Raises SandboxNotFoundError."""
+    row = await look(session, sandbox_id)
+    if row is None:
+        raise SandboxNotFoundError(sandbox_id)
+    return row
+
+
+async def look(session: AsyncSession, sandbox_id: str) -> Sandbox | None:
+    """For the daemon's own work, never for what a client names. A member of the pool leaves no row, and one
+    that has ended is forgotten some day."""
+    return (await session.exec(select(Sandbox).where(Sandbox.id == sandbox_id))).first()
 
 
 async def take_over(session: AsyncSession, node_id: str) -> None:
