@@ -134,7 +134,8 @@ class Runtime(Protocol):
         """The sandboxes of this installation and no others."""
 
     def watch(self) -> AsyncIterator[Exited]:
-        """Sandboxes that end by themselves, as they do; ends when the engine hangs up."""
+        """Sandboxes that end by themselves, as they do; ends when the engine hangs up. When called again it
+        begins where it ended, as far as the engine remembers: some may then be told twice."""
 
     async def limit_cpus(self, sandbox_id: str, cpus: float | None) -> None:
         """Changes a running sandbox's share of CPU, in cores; None for as good as no limit."""

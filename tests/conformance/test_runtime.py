@@ -14,7 +14,7 @@ from e80_agent.protocol import PROTOCOL_VERSION
 
 from sandboxd.agentlink.client import Agent, Output
 from sandboxd.agentlink.errors import LinkBrokenError
-from sandboxd.runtimes.base import Handle, Phase
+from sandboxd.runtimes.base import Exited, Handle, Phase
 from sandboxd.runtimes.errors import (
     AgentUnreachableError,
     EngineUnavailableError,
@@ -22,7 +22,7 @@ from sandboxd.runtimes.errors import (
     ImageUnusableError,
 )
 from sandboxd.runtimes.registry import create_runtime
-from tests.conformance.sandbox import SANDBOX, Limits, agent_of, make_spec, output, printed, request
+from tests.conformance.sandbox import SANDBOX, Limits, agent_of, killed, make_spec, output, printed, request
 
 pytestmark = pytest.mark.docker
 
@@ -250,3 +250,19 @@ def _empty_tar() -> bytes:
         folder.type = tarfile.DIRTYPE
         archive.addfile(folder)
     return buffer.getvalue()
+
+
+async def test_an_end_between_two_watches_is_told_by_the_second(runtime):
+    async def next_exit() -> Exited:
+        async for exited in runtime.watch():
+            return exited
+        raise AssertionError("the engine hung up")
+
+    handle = await runtime.create(await make_spec(runtime))
+    watching = asyncio.ensure_future(next_exit())
+    await asyncio.sleep(0.2)
+    watching.cancel()
+    await asyncio.gather(watching, return_exceptions=True)
+    await killed(runtime, handle)
+    told = await asyncio.wait_for(next_exit(), 10)
+    assert (told.sandbox_id, told.handle) == (SANDBOX, handle)

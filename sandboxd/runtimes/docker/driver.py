@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +94,7 @@ class DockerRuntime:
         self._links_dir = settings.run_dir
         self._held: dict[str, _Held] = {}
         self._seccomp = container.seccomp_profile()
+        self._watched_until = 0.0
 
     async def start(self) -> None:
         self._workspaces.open()
@@ -101,6 +103,7 @@ class DockerRuntime:
         self._links_dir = self._settings.run_dir / self._owner
         self._links_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
         await self._engine.open()
+        self._watched_until = time.time()
 
     async def close(self) -> None:
         for held in list(self._held.values()):
@@ -255,14 +258,17 @@ class DockerRuntime:
             "event": ["die"],
             "label": [f"{container.OWNER_LABEL}={self._owner}"],
         }
+        # From the last event that came, so that none is missed between two connections; the engine keeps 256.
+        params = {"filters": json.dumps(filters), "since": f"{self._watched_until:.9f}"}
         transport = httpx2.AsyncHTTPTransport(uds=path)
         timeout = httpx2.Timeout(10.0, read=None)
         async with httpx2.AsyncClient(transport=transport, timeout=timeout) as client:
-            request = client.stream("GET", "http://engine/events", params={"filters": json.dumps(filters)})
+            request = client.stream("GET", "http://engine/events", params=params)
             try:
                 async with request as response:
                     async for line in response.aiter_lines():
                         event = json.loads(line)
+                        self._watched_until = event["timeNano"] / 1e9
                         sandbox_id = event["Actor"]["Attributes"].get(container.SANDBOX_LABEL)
                         if sandbox_id:
                             yield Exited(sandbox_id, Handle(event["Actor"]["ID"]))
