@@ -393,6 +393,9 @@ async def _reasons_not_ready(services: Services) -> dict[str, str]:
 
 
 def _is_loopback(request: Request) -> bool:
+    # A proxy on this host is a loopback peer that speaks for others.
+    if "x-forwarded-for" in request.headers or "forwarded" in request.headers:
+        return False
     try:
         return request.client is not None and ipaddress.ip_address(request.client.host).is_loopback
     except ValueError:

@@ -234,6 +234,9 @@ async def serve(app: FastAPI, stop: asyncio.Event) -> int:
             log_config=None,
             access_log=False,
             server_header=False,
+            # By default it believes whoever comes from loopback, which every user of the host does.
+            proxy_headers=bool(services.settings.trusted_proxies),
+            forwarded_allow_ips=services.settings.trusted_proxies,
             timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
             # What one request binds to its logs must not reach the next one of its connection.
             reset_contextvars=True,

@@ -113,6 +113,10 @@ class Settings(BaseSettings):
     history_days: float = Field(
         30, gt=0, description="How long ended sandboxes, their execs and their events stay listed."
     )
+    trusted_proxies: str = Field(
+        "",
+        description="Addresses of proxies and other nodes, parted by commas, whose `X-Forwarded-For` counts.",
+    )
     node_url: str = Field(
         "", description="Where other daemons on the same store reach this one: `http://host:port`."
     )

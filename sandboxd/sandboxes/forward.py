@@ -33,6 +33,10 @@ MAX_CONNECTIONS = 1024
 MAX_PROJECT_CONNECTIONS = 512
 _HOP_BY_HOP = frozenset([b"connection", b"keep-alive", b"transfer-encoding", b"te", b"trailer", b"upgrade"])
 
+# Who asks, as this node sees it: what the client says of that is not handed on.
+_CLIENT = b"x-forwarded-for"
+_OURS = frozenset([b"host", _CLIENT])
+
 
 class ForwardMiddleware:
     """Runs inside of authentication: it acts on paths of the caller's own project only."""
@@ -107,8 +111,10 @@ class ForwardMiddleware:
             timeout = httpx2.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S, pool=CONNECT_TIMEOUT_S)
             self._client = httpx2.AsyncClient(limits=limits, timeout=timeout, trust_env=False)
         query = scope["query_string"].decode("latin-1")
-        headers = [pair for pair in scope["headers"] if pair[0] not in _HOP_BY_HOP and pair[0] != b"host"]
+        headers = [pair for pair in scope["headers"] if pair[0] not in _HOP_BY_HOP | _OURS]
         headers.append((FORWARDED, b"1"))
+        if scope.get("client"):
+            headers.append((_CLIENT, scope["client"][0].encode()))
         has_body = any(name in (b"content-length", b"transfer-encoding") for name, _ in scope["headers"])
         url = f"{address.rstrip('/')}{scope['path']}" + (f"?{query}" if query else "")
         content = _body(receive) if has_body else None

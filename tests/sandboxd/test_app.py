@@ -52,6 +52,12 @@ async def test_metrics_are_for_loopback_peers(app, peer, status):
     assert (OUR_METRIC in response.text) == (status == 200)
 
 
+@pytest.mark.parametrize("header", ["X-Forwarded-For", "Forwarded"])
+async def test_metrics_are_not_for_whom_a_proxy_on_this_host_speaks(app, header):
+    response = await client_of(app, "127.0.0.1").get("/metrics", headers={header: "127.0.0.1"})
+    assert response.status_code == 403
+
+
 async def test_metrics_can_be_opened(settings):
     app = create_app(settings.model_copy(update={"metrics_public": True}))
     response = await client_of(app, "10.0.0.7").get("/metrics")

@@ -21,6 +21,7 @@ class Neighbour:
 
     def __init__(self) -> None:
         self.asked: list[bytes] = []
+        self.heads: list[bytes] = []
         self.may_answer = asyncio.Event()
         self.may_answer.set()
         self.alone = False
@@ -28,6 +29,7 @@ class Neighbour:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.asked.append(await reader.readline())
+        self.heads.append(await reader.readuntil(b"\r\n\r\n"))
         await self.may_answer.wait()
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}")
         writer.close()
@@ -69,7 +71,9 @@ async def ask(
     async def nothing() -> Any:
         await asyncio.Event().wait()
 
-    headers = [(b"transfer-encoding", b"chunked")] if receive is not None else []
+    headers = [(b"x-forwarded-for", b"6.6.6.6"), (b"connection", b"close")]
+    if receive is not None:
+        headers.append((b"transfer-encoding", b"chunked"))
     scope = {
         "type": "http",
         "method": method,
@@ -77,6 +81,7 @@ async def ask(
         "raw_path": path.encode(),
         "query_string": query,
         "headers": headers,
+        "client": ("10.0.0.7", 1234),
         "principal": SimpleNamespace(project_id="proj"),
     }
     await door(scope, receive or nothing, send)
@@ -87,6 +92,9 @@ async def ask(
 async def test_a_plain_request_is_handed_on(door, neighbour):
     assert await ask(door, f"{SANDBOX}/exec", query=b"a=%2F") == 200
     assert neighbour.asked == [f"POST {SANDBOX}/exec?a=%2F HTTP/1.1\r\n".encode()]
+    # The client's address is the one that this node saw, whatever it says of it.
+    assert b"x-forwarded-for: 10.0.0.7\r\n" in neighbour.heads[0].lower()
+    assert b"6.6.6.6" not in neighbour.heads[0]
 
 
 @pytest.mark.parametrize(
