@@ -99,6 +99,8 @@ class Lifecycle:
             try:
                 async with self._db.write() as session:
                     await also(session)
+                    # One after the other: two at once would both take the last place, and the same slot.
+                    await self._db.serialize(session, "slots")
                     if row.project_id and await store.count_held(session, self.node_id) >= limit:
                         raise NoFreeSlotError(limit)
                     row.slot = _first_free(await store.taken_slots(session))
@@ -250,6 +252,12 @@ class Lifecycle:
             for live in touched:
                 live.touched = True
             raise
+
+    def has_place(self, others: int) -> bool:
+        """Whether a project may have another sandbox of this node's, by what is in memory; `others` are about
+        to be claimed. In doubt there is none, and `insert` knows."""
+        held = sum(live.project_id is not None for live in self.live)
+        return held + self.creating + others < self._settings.max_sandboxes
 
     def is_busy(self, sandbox_id: str) -> bool:
         """Whether this process is creating or ending it right now, or knows an end that its row does not."""

@@ -34,6 +34,8 @@ from sandboxd.sandboxes.store import Size
 log = structlog.get_logger(__name__)
 
 _POLL_S = 0.1
+# How long a repeated request waits for what the first one makes at another daemon.
+_FIRST_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,8 @@ class SandboxService:
         self._admission = admission
         self._events = events
         self.live = lifecycle.live
+        # Claims under way.
+        self._claiming = 0
 
     async def create(
         self, principal: Principal, wanted: NewSandbox, repeatable: Repeatable | None = None
@@ -80,7 +84,7 @@ class SandboxService:
         its row, which says why. A repeated request gets the sandbox of the first."""
         size = self._limits.size(wanted)
         try:
-            if self._pool.ready(size):
+            if self._pool.ready(size) and self._lifecycle.has_place(self._claiming):
                 claimed = await self._claim(principal, wanted, size, repeatable)
                 if claimed is not None:
                     return claimed
@@ -189,12 +193,11 @@ class SandboxService:
             try:
                 await self._lifecycle.freeze(row.id)
             except SandboxdError:
-                live.paused = False
                 # It may be frozen all the same. Should this fail, too, the sweep does it.
                 with suppress(SandboxdError):
                     await self._lifecycle.thaw(row.id)
                 row = await self._write(principal, row, Status.PAUSED, self._resumed(row), "resume", [])
-                live.deadline = row.expires_boot_s
+                live.paused, live.deadline = False, row.expires_boot_s
                 raise
             self._lifecycle.fail_points.reach(FailPoint.PAUSE_FROZEN)
         return row
@@ -234,23 +237,31 @@ class SandboxService:
             "metered_at": now,
             **self._lifecycle.timer(wanted.timeout_s),
         }
-        async with self._db.write() as session:
-            await self._check_new(session, principal, size, repeatable)
-            row = await store.claim(session, self._lifecycle.node_id, size, self._pool.doubtful(), values)
-            if row is None:
-                return None
-            await self._record_new(session, principal, row.id, repeatable)
-            await self._events.emit(session, row, "sandbox.created")
-            await self._events.emit(session, row, "sandbox.running")
-        self._lifecycle.fail_points.reach(FailPoint.CLAIM_CLAIMED)
-        self._events.wake()
-        self._pool.asked(size, row)
-        await self._lifecycle.claimed(row)
+        self._claiming += 1
+        try:
+            async with self._db.write() as session:
+                await self._check_new(session, principal, size, repeatable)
+                row = await store.claim(session, self._lifecycle.node_id, size, self._pool.doubtful(), values)
+                if row is None:
+                    return None
+                await self._record_new(session, principal, row.id, repeatable)
+                await self._events.emit(session, row, "sandbox.created")
+                await self._events.emit(session, row, "sandbox.running")
+            self._lifecycle.fail_points.reach(FailPoint.CLAIM_CLAIMED)
+            self._events.wake()
+            self._pool.asked(size, row)
+            await self._lifecycle.claimed(row)
+        finally:
+            self._claiming -= 1
         return row
 
     async def _create_cold(
         self, principal: Principal, wanted: NewSandbox, size: Size, repeatable: Repeatable | None
     ) -> Sandbox:
+        if repeatable is not None:
+            # What was made before needs neither an image nor room.
+            async with self._db.read() as session:
+                await self._check_first(session, principal, repeatable)
         image = await self._images.ensure_image(size.image)
         await self._admission.wait()
         now = self._clock.now()
@@ -293,16 +304,20 @@ class SandboxService:
     async def _check_new(
         self, session: AsyncSession, principal: Principal, size: Size, repeatable: Repeatable | None
     ) -> None:
-        if repeatable is not None:
-            first = await idempotency.find(session, principal.project_id, KEY_SCOPE, repeatable.key)
-            if first is not None:
-                idempotency.check_same(first, repeatable.digest)
-                raise _Replay(first.resource_id)
         # Two creates at once must not each see room for one: they take turns.
         await self._db.serialize(session, f"quota_{principal.project_id}")
+        # Behind that: the same request may have just been served, and have taken the last of the quota.
+        if repeatable is not None:
+            await self._check_first(session, principal, repeatable)
         await self._limits.check_quota(
             session, principal, sandboxes=1, cpu_mhz=size.cpu_mhz, memory_size_mb=size.memory_size_mb
         )
+
+    async def _check_first(self, session: AsyncSession, principal: Principal, repeatable: Repeatable) -> None:
+        first = await idempotency.find(session, principal.project_id, KEY_SCOPE, repeatable.key)
+        if first is not None:
+            idempotency.check_same(first, repeatable.digest)
+            raise _Replay(first.resource_id)
 
     async def _record_new(
         self, session: AsyncSession, principal: Principal, sandbox_id: str, repeatable: Repeatable | None
@@ -329,8 +344,9 @@ class SandboxService:
         if made is not None:
             return made
         row = await self.get(principal.project_id, sandbox_id)
-        # On its way at another daemon on the same store: it will be told there.
-        while wait and row.status == Status.CREATING and row.node_id != self._lifecycle.node_id:
+        # On its way at another daemon on the same store, or just written here.
+        deadline = self._clock.monotonic() + _FIRST_S
+        while wait and row.status == Status.CREATING and self._clock.monotonic() < deadline:
             await asyncio.sleep(_POLL_S)
             row = await self.get(principal.project_id, sandbox_id)
         return row

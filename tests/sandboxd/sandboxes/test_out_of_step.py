@@ -1,4 +1,4 @@
-"""Memory, rows and engine that have come apart: an answer of the store was lost, or a row changed elsewhere."""
+"""Memory, rows and engine that have come apart: an answer was lost, or a row was changed elsewhere."""
 
 from contextlib import asynccontextmanager
 

@@ -7,7 +7,7 @@ import pytest
 from sandboxd.runtimes.base import Phase
 from sandboxd.runtimes.errors import EngineUnavailableError
 from sandboxd.sandboxes import store
-from sandboxd.sandboxes.errors import QuotaError
+from sandboxd.sandboxes.errors import NoFreeSlotError, QuotaError
 from sandboxd.sandboxes.limits import NewSandbox
 from sandboxd.sandboxes.pool import MEMORY_S, Demand
 from sandboxd.sandboxes.service import Repeatable
@@ -239,3 +239,18 @@ async def test_one_that_was_claimed_as_the_daemon_died_comes_to_the_front(pooled
     pooled.runtime.background[row.id] = True
     await Node(pooled).sweep.run()
     assert pooled.runtime.background[row.id] is False
+
+
+async def test_claims_are_held_to_the_places_of_the_server(pooled):
+    node = pooled.node = Node(pooled, max_sandboxes=4)
+    await node.sweep.run()
+    made = await asyncio.gather(
+        *(node.service.create(pooled.principal, NewSandbox()) for _ in range(4)), return_exceptions=True
+    )
+    assert [row for row in made if isinstance(row, BaseException)] == []
+    assert sum(row.pooled_at is not None for row in made) == 3
+    await node.fill_pool()
+    with pytest.raises(NoFreeSlotError):
+        await node.service.create(pooled.principal, NewSandbox())
+    await node.service.stop(pooled.principal, made[0].id)
+    assert (await node.service.create(pooled.principal, NewSandbox())).pooled_at is not None

@@ -367,3 +367,45 @@ async def test_a_stop_goes_through_although_the_store_cannot_be_written(world, m
     await world.node.lifecycle.flush_activity()
     later = Node(world)
     assert (await later.service.get(world.principal.project_id, row.id)).status == "stopped"
+
+
+async def test_creates_at_once_take_no_more_places_than_there_are(world):
+    made = await asyncio.gather(*(create(world) for _ in range(12)), return_exceptions=True)
+    assert sum(isinstance(row, NoFreeSlotError) for row in made) == 9
+    assert len(world.node.live) == 3
+
+
+async def test_a_repeated_create_needs_no_room(world):
+    again = Repeatable("key", "digest")
+    row = await world.service.create(world.principal, NewSandbox(), again)
+    world.node.admission.shortage = lambda: ("memory", "too little")
+    world.runtime.fail_at = "ensure_image"
+    assert (await world.service.create(world.principal, NewSandbox(), again)).id == row.id
+
+
+async def test_a_create_sent_twice_at_once_makes_one_within_a_quota_of_one(world):
+    principal, again = world.quota(sandboxes=1), Repeatable("key", "digest")
+    made = await asyncio.gather(
+        *(world.service.create(principal, NewSandbox(), again) for _ in range(4)), return_exceptions=True
+    )
+    assert {row.id for row in made} == set(world.runtime.held)
+    assert {row.status for row in made} == {"running"}
+
+
+async def test_a_pause_that_fails_and_cannot_be_taken_back_is_made_by_the_sweep(world, monkeypatch):
+    row = await create(world)
+    world.runtime.fail_at = "pause"
+    write = world.service._write
+
+    async def once(principal, row, expected, values, verb, fields):
+        if verb == "resume":
+            raise StoreUnavailableError("the store is away")
+        return await write(principal, row, expected, values, verb, fields)
+
+    monkeypatch.setattr(world.service, "_write", once)
+    with pytest.raises(StoreUnavailableError):
+        await world.service.pause(world.principal, row.id)
+    world.runtime.fail_at = ""
+    await world.node.sweep.run()
+    assert await world.rows() == {"paused": None}
+    assert world.runtime.held[row.id] is Phase.PAUSED
