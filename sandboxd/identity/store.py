@@ -62,5 +62,6 @@ async def list_audit(
 
 
 async def set_last_used(session: AsyncSession, times: Mapping[str, float]) -> None:
-    for key_id, used_at in times.items():
+    # In one order everywhere: two daemons must not wait for each other's rows.
+    for key_id, used_at in sorted(times.items()):
         await session.exec(update(ApiKey).where(col(ApiKey.id) == key_id).values(last_used_at=used_at))

@@ -122,6 +122,10 @@ def _make_upsert(dialect: str) -> Executable:
         index_elements=["id"],
         set_={name: insert.excluded[name] for name in Exec.model_fields if name != "id"},
         # Not IN: its parameters are expanded for each row apart, which a statement for many cannot do.
-        where=or_(*(col(Exec.status) == str(status) for status in OPEN)),
+        # And an agent's word about an id counts for its own sandbox only.
+        where=and_(
+            col(Exec.sandbox_id) == insert.excluded.sandbox_id,
+            or_(*(col(Exec.status) == str(status) for status in OPEN)),
+        ),
     )
     return statement

@@ -1,5 +1,7 @@
 """The daemons that share one store. Each holds its own sandboxes: their agents dial its sockets."""
 
+import math
+
 import structlog
 from sqlalchemy import delete
 from sqlmodel import col, select
@@ -20,6 +22,8 @@ LOST_INTERVAL_S = 300.0
 SILENT_S = 20.0
 # A node may be away for a while, and its sandboxes run on. After this long nobody expects it back.
 LOST_S = 3600.0
+# For how long a node must itself have been heard in the store without a pause before it gives up another.
+SETTLED_S = 60.0
 _BATCH = 100
 
 
@@ -32,6 +36,9 @@ class Nodes:
         self._url = url or None
         self._started_at = clock.now()
         self._others: dict[str, Node] = {}
+        # On the monotonic clock: the last beat, and the first of those that came without a long pause.
+        self._beat_s = -math.inf
+        self._steady_s = -math.inf
 
     @property
     def alone(self) -> bool:
@@ -48,6 +55,10 @@ class Nodes:
             await session.exec(statement.on_conflict_do_update(index_elements=["id"], set_=values))
             rows = (await session.exec(select(Node).where(Node.id != self._id))).all()
         self._others = {row.id: row for row in rows}
+        beat_s = self._clock.monotonic()
+        if beat_s - self._beat_s > SILENT_S:
+            self._steady_s = beat_s
+        self._beat_s = beat_s
 
     def address_of(self, node_id: str) -> str | None:
         """Where another node is reached; None for one that is silent, or has said no address."""
@@ -65,6 +76,9 @@ class Nodes:
     async def give_up_lost(self) -> None:
         """A job: ends in the store what nodes held that will not come back. Should one come back all the
         same, its sweep removes what is left of them."""
+        now_s = self._clock.monotonic()
+        if now_s - self._beat_s > SILENT_S or now_s - self._steady_s < SETTLED_S:
+            return  # it was this node, or the store, that was away: the others must have time to show up
         async with self._db.singleton("lost-nodes") as mine:
             if not mine:
                 return

@@ -121,7 +121,8 @@ class Meter:
             last.sandboxes += reading.sandboxes
             values = {"metered_at": reading.until, "cpu_read_s": reading.cpu_read_s}
             await store.change(session, reading.sandbox_id, ALIVE, values)
-        for row in hours.values():
+        # In one order everywhere: two daemons must not wait for each other's rows.
+        for _, row in sorted(hours.items()):
             await self._add(session, row)
 
     async def hours(self, project_id: str, first: int, last: int) -> Sequence[UsageHour]:

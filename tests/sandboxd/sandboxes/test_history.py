@@ -61,6 +61,26 @@ async def test_the_end_replaces_the_start_also_within_one_group(history):
     assert [(item.id, item.status) for item in rows] == [(exec_id(2), "oom"), (exec_id(1), "failed")]
 
 
+async def test_an_id_of_another_sandbox_changes_nothing(history):
+    history.add(row(1, "running"))
+    await history.batch.flush()
+    history.add(row(1, "failed", sandbox_id="sbx_" + "1" * 34, project_id="proj_2"))
+    found = await history.find(SANDBOX, exec_id(1))
+    assert found is not None
+    assert found.model_dump() == row(1, "running")
+
+
+async def test_no_sandbox_tells_the_end_of_anothers_exec(history):
+    history.add(row(1, "running", exit_code=None))
+    await history.batch.flush()
+    history.add(row(1, "completed", sandbox_id="sbx_hostile", project_id="proj_hostile"))
+    await history.batch.flush()
+    found = await history.find(SANDBOX, exec_id(1))
+    assert found is not None
+    assert (found.status, found.project_id) == ("running", "proj_1")
+    assert await history.find("sbx_hostile", exec_id(1)) is None
+
+
 async def test_what_has_ended_is_never_changed(history):
     history.add(row(1, "failed", exit_code=3))
     await history.batch.flush()

@@ -3,12 +3,22 @@
 from sandboxd.kit.paging import PageParams
 from sandboxd.sandboxes import store
 from sandboxd.sandboxes.limits import NewSandbox
-from sandboxd.sandboxes.nodes import LOST_S, SILENT_S, Nodes
+from sandboxd.sandboxes.nodes import BEAT_INTERVAL_S, LOST_S, SETTLED_S, SILENT_S, Nodes
 from tests.sandboxd.sandboxes.world import Node, World
 
 
 def nodes(world: World, name: str, url: str = "") -> Nodes:
     return Nodes(world.db, world.clock, world.node.events, name, url)
+
+
+async def beat_on(clock, *beating: Nodes) -> None:
+    """They show that they live, until each may judge of others."""
+    for node in beating:
+        await node.beat()
+    for _ in range(int(SETTLED_S / BEAT_INTERVAL_S)):
+        clock.advance(BEAT_INTERVAL_S)
+        for node in beating:
+            await node.beat()
 
 
 async def test_nodes_find_one_another_and_notice_silence(world, clock):
@@ -50,8 +60,8 @@ async def test_a_node_that_does_not_come_back_is_given_up_and_cleans_up_if_it_do
     kept = await world.service.create(world.principal, NewSandbox())
     here, there = nodes(world, "node"), nodes(world, "other")
     await there.beat()
-    clock.advance(LOST_S - 1)
-    await here.beat()
+    clock.advance(LOST_S - 1 - SETTLED_S)
+    await beat_on(clock, here)
     await here.give_up_lost()
     assert await world.rows() == {"running": None}
     clock.advance(2)
@@ -71,3 +81,19 @@ async def test_a_node_that_does_not_come_back_is_given_up_and_cleans_up_if_it_do
     back = Node(world, "other")
     await back.sweep.run()
     assert lost.id not in world.runtime.held
+
+
+async def test_after_a_long_outage_of_the_store_nobody_is_given_up_in_haste(world, clock):
+    world.clock = clock
+    world.node, other = Node(world), Node(world, "other")
+    await other.service.create(world.principal, NewSandbox())
+    here, there = nodes(world, "node"), nodes(world, "other")
+    await beat_on(clock, there, here)
+    clock.advance(LOST_S + 1)
+    # It knows of no beat of the other's for an hour; but it has not been heard itself either.
+    await here.give_up_lost()
+    await here.beat()
+    await here.give_up_lost()
+    await beat_on(clock, there, here)
+    await here.give_up_lost()
+    assert await world.rows() == {"running": None}
