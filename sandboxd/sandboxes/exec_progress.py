@@ -17,6 +17,7 @@ from sandboxd.agentlink.client import ExecRequest, Known
 from sandboxd.agentlink.errors import AgentRefusedError, LinkBrokenError, UnknownExecError
 from sandboxd.kit.clock import Clock
 from sandboxd.kit.errors import SandboxdError
+from sandboxd.kit.ids import is_id
 from sandboxd.kit.metrics import Metrics
 from sandboxd.kit.tasks import TaskOwner
 from sandboxd.runtimes.base import Runtime
@@ -241,7 +242,8 @@ class Progress:
         if hello.held:
             # Whoever stopped the clock died before he could start it again.
             await sandbox.agent.timers(run=True)
-        known = {item.id: item for item in hello.execs}
+        # Whatever the agent names: only what can be an id of ours comes near the store.
+        known = {item.id: item for item in hello.execs if is_id(item.id)}
         for row in await self._history.running(sandbox.id):
             if row.id not in known and row.id not in self._entries:
                 self._history.add({**row.model_dump(), "status": str(ExecStatus.LOST)})

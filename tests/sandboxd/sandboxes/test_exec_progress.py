@@ -13,6 +13,7 @@ from sandboxd.agentlink.errors import AgentRefusedError, LinkBrokenError, Unknow
 from sandboxd.identity.errors import IdempotencyConflictError
 from sandboxd.kit.clock import SystemClock
 from sandboxd.kit.db import Database
+from sandboxd.kit.ids import new_id
 from sandboxd.kit.metrics import Metrics
 from sandboxd.kit.paging import PageParams
 from sandboxd.kit.settings import Settings
@@ -26,6 +27,7 @@ from sandboxd.sandboxes.live import Idleness, LiveSandbox, LiveSandboxes, Metere
 
 GRACE_S = 0.1
 PROJECT = "proj_1"
+EXEC_RUNNING, EXEC_ENDED, EXEC_WRITTEN, EXEC_FORGOTTEN = (new_id("exec") for _ in range(4))
 
 
 def outcome(reason: str = "exit", exit_code: int | None = 0) -> Outcome:
@@ -311,25 +313,25 @@ async def test_a_link_that_is_lost_for_good(execs, world, gone, status):
 
 
 async def test_a_restarted_daemon_takes_up_what_runs_and_what_ended_meanwhile(world):
-    for exec_id in ("exec_running", "exec_ended", "exec_written"):
+    for exec_id in (EXEC_RUNNING, EXEC_ENDED, EXEC_WRITTEN):
         await world.agent.say(exec_id, Output(False, b"out"))
-    await world.agent.say("exec_ended", outcome(exit_code=3))
-    await world.agent.say("exec_written", outcome())
+    await world.agent.say(EXEC_ENDED, outcome(exit_code=3))
+    await world.agent.say(EXEC_WRITTEN, outcome())
     before = world.make()
     await before.recover(world.sandbox)
     await eventually(lambda: world.sandbox.execs == 1)
     assert sorted(await world.rows()) == ["completed", "failed"]
     # The next one finds these rows written; a row whose exec the agent does not know is lost.
     world.sandbox.execs = world.sandbox.execs_ended = 0
-    row = (await world.history.find(world.sandbox.id, "exec_ended")).model_dump()  # type: ignore[union-attr]
-    world.history.add({**row, "id": "exec_forgotten", "status": "running"})
+    row = (await world.history.find(world.sandbox.id, EXEC_ENDED)).model_dump()  # type: ignore[union-attr]
+    world.history.add({**row, "id": EXEC_FORGOTTEN, "status": "running"})
     await world.history.batch.flush()
     world.agent.held = True
     after = world.make()
     await after.recover(world.sandbox)
     assert (world.sandbox.execs, world.agent.timers_asked) == (1, [True])
     assert sorted(await world.rows()) == ["completed", "failed", "lost"]
-    await world.agent.say("exec_running", outcome())
+    await world.agent.say(EXEC_RUNNING, outcome())
     await eventually(lambda: world.sandbox.execs <= 0)
     assert sorted(await world.rows()) == ["completed", "completed", "failed", "lost"]
 
@@ -344,6 +346,16 @@ async def test_a_request_that_comes_back_to_a_restarted_daemon_takes_over(world)
     assert [type_ async for type_, _ in again] == ["exec.completed"]
     assert (world.agent.starts, await world.rows()) == (1, ["completed"])
     await events.aclose()
+
+
+async def test_ids_that_are_none_of_ours_are_not_taken_up(world):
+    mine = new_id("exec")
+    for hostile in ("", "\0", "exec_" + "\0" * 34, "../exec", f"{mine}\n", "é" * 39, mine):
+        await world.agent.say(hostile, outcome())
+    await world.make().recover(world.sandbox)
+    rows, _ = await world.history.page(world.sandbox.id, PageParams())
+    assert [row.id for row in rows] == [mine]
+    assert world.sandbox.execs == 0
 
 
 async def test_members_of_the_pool_are_left_alone(execs, world):
@@ -374,13 +386,13 @@ async def test_one_exec_with_its_output_without_it_and_without_its_sandbox(execs
 
 
 async def test_an_exec_whose_sandbox_ended_unseen_was_killed(execs, world):
-    await world.agent.say("exec_1", Output(False, b"out"), outcome())
+    await world.agent.say(EXEC_ENDED, Output(False, b"out"), outcome())
     await execs.recover(world.sandbox)
     await eventually(lambda: world.sandbox.execs == 0)
-    row = (await world.history.find(world.sandbox.id, "exec_1")).model_dump()  # type: ignore[union-attr]
-    world.history.add({**row, "id": "exec_2", "status": "running"})
+    row = (await world.history.find(world.sandbox.id, EXEC_ENDED)).model_dump()  # type: ignore[union-attr]
+    world.history.add({**row, "id": EXEC_FORGOTTEN, "status": "running"})
     world.live.remove(world.sandbox.id)
-    found = await execs.get(PROJECT, world.sandbox.id, "exec_2", alive=False)
+    found = await execs.get(PROJECT, world.sandbox.id, EXEC_FORGOTTEN, alive=False)
     assert (found["status"], found["output_kept"]) == ("killed", False)
 
 
