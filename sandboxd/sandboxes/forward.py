@@ -31,6 +31,7 @@ READ_TIMEOUT_S = 7200.0
 MAX_CONNECTIONS = 1024
 # Of one project, so that its long execs leave connections to the others.
 MAX_PROJECT_CONNECTIONS = 512
+_NOTHING_SENT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
 _HOP_BY_HOP = frozenset([b"connection", b"keep-alive", b"transfer-encoding", b"te", b"trailer", b"upgrade"])
 
 # Who asks, as this node sees it: what the client says of that is not handed on.
@@ -144,12 +145,7 @@ class ForwardMiddleware:
             log.warning("forward.failed", address=address, reason=str(error) or type(error).__name__)
             if started:
                 raise  # the answer has begun: a broken connection is the honest end
-            unavailable = UnavailableError(
-                "The node that holds the sandbox did not answer; whether the request took effect is not "
-                "known.",
-                code="node_unavailable",
-            )
-            await error_response(unavailable)(scope, receive, send)
+            await error_response(_unanswered(error))(scope, receive, send)
 
     async def _copy(self, response: httpx2.Response, receive: Receive, send: Send) -> None:
         async def copy() -> None:
@@ -168,6 +164,21 @@ class ForwardMiddleware:
             watching = group.create_task(watch())
             await asyncio.wait([copying])
             watching.cancel()
+
+
+def _unanswered(error: httpx2.HTTPError) -> UnavailableError:
+    if isinstance(error, _NOTHING_SENT):
+        return UnavailableError(
+            "The node that holds the sandbox cannot be reached; nothing was sent to it. Try again.",
+            code="node_unavailable",
+        )
+    unknown = UnavailableError(
+        "The node that holds the sandbox did not answer; whether the request took effect is not known.",
+        code="node_unavailable",
+    )
+    # No Retry-After: clients take it for leave to send anything again.
+    unknown.headers.clear()
+    return unknown
 
 
 async def _body(receive: Receive) -> AsyncIterator[bytes]:

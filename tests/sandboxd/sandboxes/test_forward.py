@@ -63,6 +63,14 @@ async def ask(
     door: ForwardMiddleware, path: str, *, query: bytes = b"", method: str = "POST", receive: Any = None
 ) -> int:
     """The status that a client of project `proj` gets."""
+    status: int = (await answer(door, path, query=query, method=method, receive=receive))["status"]
+    return status
+
+
+async def answer(
+    door: ForwardMiddleware, path: str, *, query: bytes = b"", method: str = "POST", receive: Any = None
+) -> dict[str, Any]:
+    """The head of the answer."""
     sent: list[dict[str, Any]] = []
 
     async def send(message: Any) -> None:
@@ -85,8 +93,7 @@ async def ask(
         "principal": SimpleNamespace(project_id="proj"),
     }
     await door(scope, receive or nothing, send)
-    status: int = sent[0]["status"]
-    return status
+    return sent[0]
 
 
 async def test_a_plain_request_is_handed_on(door, neighbour):
@@ -126,3 +133,19 @@ async def test_one_project_cannot_take_all_connections(door, neighbour, monkeypa
     neighbour.may_answer.set()
     assert await asyncio.gather(*waiting) == [200, 200]
     assert await ask(door, f"{SANDBOX}/exec") == 200
+
+
+async def test_only_what_was_never_sent_may_be_sent_again(door, neighbour):
+    async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.close()
+
+    server = await asyncio.start_server(hang_up, "127.0.0.1", 0)
+    neighbour.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    broken = await answer(door, f"{SANDBOX}/exec")
+    server.close()
+    await server.wait_closed()
+    refused = await answer(door, f"{SANDBOX}/exec")
+    assert (broken["status"], refused["status"]) == (503, 503)
+    assert b"retry-after" not in dict(broken["headers"])
+    assert dict(refused["headers"])[b"retry-after"] == b"1"
