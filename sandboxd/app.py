@@ -59,7 +59,6 @@ from sandboxd.sandboxes.service import SandboxService
 
 VERSION = version("e80")
 LAST_USED_INTERVAL_S = 60.0
-FORGET_INTERVAL_S = 3600.0
 READY_TIMEOUT_S = 3.0
 START_RETRY_S = 2.0
 SETTLE_TIMEOUT_S = 10.0

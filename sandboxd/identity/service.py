@@ -224,11 +224,6 @@ class IdentityService:
         async with self._db.read() as session:
             return await store.list_audit(session, project_id, action, resource_id, params)
 
-    async def forget_idempotency_keys(self) -> None:
-        """Delete those that need not be recognised any more. A job calls this."""
-        async with self._db.write() as session:
-            await idempotency.forget(session, self._clock.now() - idempotency.KEPT_S)
-
     async def flush_last_used(self) -> None:
         """Write down when keys were last used. A job calls this; requests only note the time in memory."""
         while self._last_used:
