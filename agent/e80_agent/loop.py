@@ -15,6 +15,9 @@ import time
 import traceback
 from typing import Any, Callable, Dict, List, Optional
 
+# So many timers are looked through for cancelled ones.
+_TIDY_TIMERS = 256
+
 Callback = Callable[[], None]
 ExitCallback = Callable[[int, int, Any], None]
 
@@ -38,6 +41,7 @@ class Loop:
         self._readers: Dict[int, Callback] = {}
         self._writers: Dict[int, Callback] = {}
         self._timers: List[Any] = []
+        self._tidy_at = _TIDY_TIMERS
         self._sequence = itertools.count()
         self._children: Dict[int, ExitCallback] = {}
         self._orphan_holds = 0
@@ -61,6 +65,11 @@ class Loop:
 
     def call_later(self, delay_s: float, callback: Callback) -> Timer:
         timer = Timer(callback)
+        if len(self._timers) >= self._tidy_at:
+            # Most execs end long before their deadline, which would stay here for up to an hour.
+            self._timers = [entry for entry in self._timers if entry[2].callback is not None]
+            heapq.heapify(self._timers)
+            self._tidy_at = max(_TIDY_TIMERS, 2 * len(self._timers))
         heapq.heappush(self._timers, (time.monotonic() + delay_s, next(self._sequence), timer))
         return timer
 
