@@ -414,7 +414,8 @@ class SandboxService:
             row = await store.get(session, row.id)
             if changed:
                 _record(session, principal, verb, row.id, self._clock.now(), fields)
-                await self._events.emit(session, row, f"sandbox.{_PAST[verb]}", fields=list(fields))
+                data = {"fields": list(fields)} if fields else {}
+                await self._events.emit(session, row, f"sandbox.{_PAST[verb]}", **data)
         if not changed:
             raise SandboxNotRunningError(row.id, row.status, row.termination_reason)
         self._events.wake()

@@ -34,6 +34,7 @@ async def test_a_life_is_told_step_by_step(world):
     assert await types(world) == [f"sandbox.{step}" for step in told]
     assert await types(world, sandbox_id=sandbox_id, type="sandbox.paused") == ["sandbox.paused"]
     rows, _ = await world.node.events.list(world.principal.project_id, ALL)
+    assert [row.data for row in rows[:4]] == [{}, {}, {}, {}]
     assert rows[4].data == {"fields": ["labels", "timeout_s"]}
     assert rows[5].data == {"reason": "user"}
 
