@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -87,6 +88,30 @@ def test_either_daemon_serves_every_sandbox(pair):
         assert two.post(f"{path}/resume").json()["status"] == "running"
         assert two.post(f"{path}/stop").json()["status"] == "stopped"
         assert one.get(path).json()["termination_reason"] == "user"
+
+
+def test_a_client_cannot_reach_around_the_door_between_the_daemons(pair):
+    first, second = pair
+    with first.client() as one, second.client() as two:
+        two.headers["Authorization"] = one.headers["Authorization"]
+        sandbox_id = one.post("/v1/sandboxes", json={}).json()["id"]
+        path = f"/v1/sandboxes/{sandbox_id}"
+        # Said to be handed on already: the daemon that does not hold it must not answer for it.
+        forged = {"X-Sandboxd-Forwarded": "1"}
+        for method, what in (("POST", "stop"), ("POST", "pause"), ("POST", "exec"), ("DELETE", "")):
+            body = {"code": "1"} if what == "exec" else None
+            answer = two.request(method, f"{path}/{what}".rstrip("/"), json=body, headers=forged)
+            assert answer.status_code == 503, answer.text
+        assert execute(one, sandbox_id, code="print(1)")["stdout"] == "1\n"
+        # Dots would be resolved on the way: this must not become the other daemon's own page.
+        host, port = second.base_url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as raw:
+            head = f"GET {path}/../../../metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+            raw.sendall(f"{head}Authorization: {one.headers['Authorization']}\r\n\r\n".encode())
+            assert raw.makefile("rb").readline().split()[1] == b"404"
+        # What the client says of its address does not pass for what the first daemon saw.
+        two.patch(path, json={"labels": {}}, headers={"X-Forwarded-For": "6.6.6.6"})
+        assert one.get("/v1/audit", params={"limit": 1}).json()["data"][0]["client"] == "127.0.0.1"
 
 
 def test_a_client_that_leaves_is_passed_on(pair):
