@@ -161,12 +161,16 @@ class SandboxService:
                     principal, row, Status(row.status), values, "update", sorted(changes), growth
                 )
             except SandboxdError:
+                # Only the answer may have been lost: the limits are those of the row, whichever it is.
+                with suppress(SandboxdError):
+                    row = await self.get(principal.project_id, row.id)
                 if resized and self.live.get(row.id) is live:
                     live.cpus = self._lifecycle.cpus(row.cpu_mhz)
                     await self._runtime.update(row.id, live.cpus, row.memory_size_mb)
                 raise
-            live.idle_timeout_s = row.idle_timeout_s
-            live.deadline = row.expires_boot_s
+            finally:
+                live.idle_timeout_s = row.idle_timeout_s
+                live.deadline = row.expires_boot_s
         return row
 
     async def pause(self, principal: Principal, sandbox_id: str) -> Sandbox:

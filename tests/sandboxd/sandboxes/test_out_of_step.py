@@ -140,6 +140,19 @@ async def test_a_resume_whose_answer_was_lost_is_known_after_a_sweep(world, monk
     assert taken_up == [live]
 
 
+async def test_limits_are_those_of_the_row_when_the_answer_was_lost(world, monkeypatch):
+    row = await create(world)
+    with monkeypatch.context() as patch:
+        lose_answers(world, patch)
+        with pytest.raises(StoreUnavailableError):
+            await world.service.update(
+                world.principal, row.id, {"memory_size_mb": 200, "idle_timeout_s": 7.0}
+            )
+    assert (await world.service.get(world.principal.project_id, row.id)).memory_size_mb == 200
+    assert world.runtime.limits[row.id][1] == 200
+    assert world.node.live.get(row.id).idle_timeout_s == 7
+
+
 async def test_a_miss_of_one_that_was_claimed_meanwhile_is_not_kept(world):
     member = await pool_of_one(world)
     pool: Pool = world.node.pool
