@@ -354,20 +354,25 @@ async def _send_chunks(stream: Stream, chunks: AsyncIterable[bytes], answer: asy
     try:
         async for chunk in chunks:
             for start in range(0, len(chunk), WRITE_CHUNK):
-                stream.writer.write(
-                    protocol.pack_record(protocol.RECORD_DATA, chunk[start : start + WRITE_CHUNK])
-                )
+                _write_record(stream, protocol.RECORD_DATA, chunk[start : start + WRITE_CHUNK])
                 # Waits for the agent only, not for the client: that one may be as slow as it likes.
                 async with asyncio.timeout(CALL_TIMEOUT_S):
                     await stream.writer.drain()
             if answer.done():
                 return
-        stream.writer.write(protocol.pack_record(protocol.RECORD_END, b""))
+        _write_record(stream, protocol.RECORD_END, b"")
         async with asyncio.timeout(CALL_TIMEOUT_S):
             await stream.writer.drain()
     except ConnectionError:
         # The agent hung up: its last word, if there is one, says why.
         return
+
+
+def _write_record(stream: Stream, kind: int, payload: bytes) -> None:
+    if stream.writer.is_closing():
+        # The sandbox was paused or stopped meanwhile. uvloop takes a write now for a fault of the program.
+        raise ConnectionResetError
+    stream.writer.write(protocol.pack_record(kind, payload))
 
 
 async def _read_header(stream: Stream) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from collections.abc import AsyncGenerator, AsyncIterable
 from contextlib import aclosing
 
-from sandboxd.agentlink.errors import AgentRefusedError
+from sandboxd.agentlink.errors import AgentRefusedError, LinkBrokenError
 from sandboxd.kit.errors import BadRequestError, ConflictError, SandboxdError
 from sandboxd.sandboxes.errors import DiskFullError, FileForbiddenError, FileNotFound
 from sandboxd.sandboxes.live import LiveSandbox
@@ -27,6 +27,15 @@ async def write(sandbox: LiveSandbox, path: str, chunks: AsyncIterable[bytes]) -
         return await sandbox.agent.write_file(path, _count_in(sandbox, chunks))
     except AgentRefusedError as error:
         raise _explain(error, sandbox, path) from error
+    except LinkBrokenError as error:
+        if not sandbox.paused:
+            raise
+        raise ConflictError(
+            f"Sandbox {sandbox.id} was paused while the file was sent, and the file is as it was; send it "
+            "again when the sandbox is resumed.",
+            param="id",
+            code="sandbox_paused",
+        ) from error
 
 
 async def _count_out(sandbox: LiveSandbox, chunks: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:

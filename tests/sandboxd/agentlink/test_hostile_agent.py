@@ -386,6 +386,27 @@ async def test_an_upload_refused_in_the_middle_says_why():
     assert caught.value.agent_code == "disk_full"
 
 
+async def test_an_upload_whose_connection_is_closed_on_our_side_breaks_as_such(monkeypatch):
+    # A pause or a stop closes it. uvloop raises RuntimeError for a write after that.
+    write = asyncio.StreamWriter.write
+
+    def strict(writer: asyncio.StreamWriter, data: bytes) -> None:
+        if writer.is_closing():
+            raise RuntimeError("the handler is closed")
+        write(writer, data)
+
+    monkeypatch.setattr(asyncio.StreamWriter, "write", strict)
+    async with FakeAgent(says(b"", hang_up=False)) as fake:
+
+        async def chunks():
+            yield b"x"
+            fake.streams[0].writer.transport.abort()
+            yield b"y"
+
+        with pytest.raises(LinkBrokenError):
+            await Agent(fake.dial).write_file("x", chunks())
+
+
 async def test_a_request_larger_than_a_header_is_refused_before_it_is_sent():
     wanted = ExecRequest(
         id="exec_1",
