@@ -255,5 +255,5 @@ async def test_a_statement_is_one_trip_to_the_thread_of_its_connection(db, monke
         monkeypatch.setattr(aiosqlite.Connection, "_execute", counted)
         rows = (await session.exec(text("SELECT 1 UNION SELECT 2"))).all()
     assert rows == [(1,), (2,)]
-    # The statement, and the commit.
-    assert len(trips) == 2
+    # The statement, the commit, and the reset of a connection that goes back to its pool.
+    assert len(trips) == 3
