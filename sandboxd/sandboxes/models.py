@@ -10,7 +10,6 @@ from sandboxd.kit.db import Table
 from sandboxd.sandboxes.states import Reason, Status
 
 _ALIVE = text("status IN ('creating', 'ready', 'running', 'paused', 'stopping')")
-_READY = text("status = 'ready'")
 
 
 class Sandbox(Table, table=True):
@@ -19,10 +18,12 @@ class Sandbox(Table, table=True):
         # Two live sandboxes with one slot would have one uid on the host.
         Index("ix_sandbox_slot_alive", "slot", unique=True, sqlite_where=_ALIVE, postgresql_where=_ALIVE),
         Index("ix_sandbox_project_id_status", "project_id", "status"),
-        # What a claim looks for: the oldest member of the pool that fits.
-        Index(
-            "ix_sandbox_ready", "node_id", "image", "pooled_at", sqlite_where=_READY, postgresql_where=_READY
-        ),
+        Index("ix_sandbox_project_id_created_at", "project_id", "created_at", "id"),
+        # Ended sandboxes stay for weeks: what is asked at each create must not read them all. Not partial
+        # ones, which no statement with a parameter for the status can use.
+        Index("ix_sandbox_node_id_status", "node_id", "status"),
+        Index("ix_sandbox_status_slot", "status", "slot"),
+        Index("ix_sandbox_stopped_at", "stopped_at"),
     )
 
     id: str = Field(primary_key=True, max_length=64)

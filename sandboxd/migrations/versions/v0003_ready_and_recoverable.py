@@ -12,7 +12,12 @@ depends_on = None
 
 _OLD_ALIVE = sa.text("status IN ('creating', 'running', 'stopping')")
 _ALIVE = sa.text("status IN ('creating', 'ready', 'running', 'paused', 'stopping')")
-_READY = sa.text("status = 'ready'")
+_INDEXES = {
+    "ix_sandbox_project_id_created_at": ["project_id", "created_at", "id"],
+    "ix_sandbox_node_id_status": ["node_id", "status"],
+    "ix_sandbox_status_slot": ["status", "slot"],
+    "ix_sandbox_stopped_at": ["stopped_at"],
+}
 
 
 def upgrade() -> None:
@@ -35,7 +40,8 @@ def downgrade() -> None:
         for name in ("max_sandboxes", "max_cpu_mhz", "max_memory_size_mb"):
             table.drop_column(name)
     op.execute("DELETE FROM sandbox WHERE project_id IS NULL OR status IN ('ready', 'paused')")
-    op.drop_index("ix_sandbox_ready", "sandbox")
+    for index in _INDEXES:
+        op.drop_index(index, "sandbox")
     op.drop_index("ix_sandbox_slot_alive", "sandbox")
     with op.batch_alter_table("sandbox") as table:
         for column in _new_columns():
@@ -78,13 +84,8 @@ def _upgrade_sandbox() -> None:
         sqlite_where=_ALIVE,
         postgresql_where=_ALIVE,
     )
-    op.create_index(
-        "ix_sandbox_ready",
-        "sandbox",
-        ["node_id", "image", "pooled_at"],
-        sqlite_where=_READY,
-        postgresql_where=_READY,
-    )
+    for name, columns in _INDEXES.items():
+        op.create_index(name, "sandbox", columns)
 
 
 def _create_identity_tables() -> None:
