@@ -156,7 +156,9 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(make_sandboxes_router(services.sandboxes))
     app.include_router(make_files_router(services.sandboxes))
     app.include_router(make_exec_router(services.sandboxes, services.execs))
-    app.include_router(make_activity_router(services.sandboxes, services.events, services.lifecycle.meter))
+    app.include_router(
+        make_activity_router(services.sandboxes, services.events, services.lifecycle.meter, services.identity)
+    )
     return app
 
 

@@ -87,6 +87,14 @@ class IdentityService:
         self._last_used[principal.key_id] = self._clock.now()
         return principal
 
+    async def check_active(self, key_id: str) -> None:
+        """Raises UnauthorizedError when the key has been revoked since its request began; for answers that
+        do not end."""
+        async with self._db.read() as session:
+            active = await store.is_active(session, key_id)
+        if not active:
+            raise UnauthorizedError("The API key of this request has been revoked.")
+
     async def ensure_project(self, organization: str, project: str) -> Project:
         """The project of that name; it and its organization are made when missing."""
         async with self._db.write() as session:

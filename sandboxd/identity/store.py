@@ -28,6 +28,11 @@ async def find_active_key(session: AsyncSession, secret_sha256: str) -> tuple[Ap
     return (await session.exec(query)).first()
 
 
+async def is_active(session: AsyncSession, key_id: str) -> bool:
+    query = select(ApiKey.id).where(ApiKey.id == key_id, col(ApiKey.revoked_at).is_(None))
+    return (await session.exec(query)).first() is not None
+
+
 async def find_key(session: AsyncSession, project_id: str, key_id: str) -> ApiKey | None:
     query = select(ApiKey).where(ApiKey.id == key_id, ApiKey.project_id == project_id)
     return (await session.exec(query)).first()

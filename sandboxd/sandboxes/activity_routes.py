@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Query, Response
 
 from sandboxd.identity.auth import CurrentPrincipal
+from sandboxd.identity.service import IdentityService, Principal
 from sandboxd.kit.errors import BadRequestError
 from sandboxd.kit.http import EVENT_STREAM, KEEP_ALIVE, PageQuery, known_query_only, sse_response
 from sandboxd.kit.ids import ID_PATTERN
@@ -42,16 +43,18 @@ SandboxId = Annotated[str, Query(pattern=ID_PATTERN)]
 _EVENTS: dict[int | str, dict[str, Any]] = {200: {"model": Page[EventOut], "content": EVENT_STREAM}}
 
 
-def make_router(sandboxes: SandboxService, events: Events, meter: Meter) -> APIRouter:
+def make_router(
+    sandboxes: SandboxService, events: Events, meter: Meter, identity: IdentityService
+) -> APIRouter:
     router = APIRouter(prefix="/v1", tags=["activity"], dependencies=[Depends(known_query_only)])
 
     async def answer(
-        project_id: str, page: PageParams, follow: bool, sandbox_id: str | None, type: str | None
+        principal: Principal, page: PageParams, follow: bool, sandbox_id: str | None, type: str | None
     ) -> Response:
         if follow:
-            found = await events.follow(project_id, page.after, sandbox_id, type)
-            return sse_response(_stream(found))
-        rows, has_more = await events.list(project_id, page, sandbox_id, type)
+            found = await events.follow(principal.project_id, page.after, sandbox_id, type)
+            return sse_response(_stream(found, identity, principal))
+        rows, has_more = await events.list(principal.project_id, page, sandbox_id, type)
         body = Page[EventOut].of([EventOut.of(row) for row in rows], has_more=has_more)
         return Response(body.model_dump_json(), media_type="application/json")
 
@@ -64,7 +67,7 @@ def make_router(sandboxes: SandboxService, events: Events, meter: Meter) -> APIR
         follow: Follow = False,
     ) -> Response:
         """What happened to the project's sandboxes; with `follow`, what comes after `after`, or from now."""
-        return await answer(principal.project_id, page, follow, sandbox_id, type)
+        return await answer(principal, page, follow, sandbox_id, type)
 
     @router.get("/sandboxes/{sandbox_id}/events", responses=_EVENTS, response_model=None)
     async def list_sandbox_events(
@@ -76,7 +79,7 @@ def make_router(sandboxes: SandboxService, events: Events, meter: Meter) -> APIR
     ) -> Response:
         """The same for one sandbox, those before its end included when it has ended."""
         row = await sandboxes.get(principal.project_id, sandbox_id)
-        return await answer(principal.project_id, page, follow, row.id, type)
+        return await answer(principal, page, follow, row.id, type)
 
     @router.get("/usage")
     async def get_usage(
@@ -99,9 +102,13 @@ def make_router(sandboxes: SandboxService, events: Events, meter: Meter) -> APIR
     return router
 
 
-async def _stream(found: AsyncGenerator[Event | None]) -> AsyncGenerator[tuple[str, Mapping[str, Any]]]:
+async def _stream(
+    found: AsyncGenerator[Event | None], identity: IdentityService, principal: Principal
+) -> AsyncGenerator[tuple[str, Mapping[str, Any]]]:
     try:
         async for row in found:
+            # The stream may be older than the key's life: nothing is told to one that has been revoked.
+            await identity.check_active(principal.key_id)
             if row is None:
                 yield KEEP_ALIVE, {}
             else:

@@ -180,3 +180,31 @@ def test_a_quota_is_a_429_that_says_when_to_come_back(own_daemon):
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "quota_exceeded")
         assert int(refused.headers["retry-after"]) > 0
         assert refused.headers["x-ratelimit-remaining-sandboxes"] == "0"
+
+
+def test_a_stream_of_events_ends_with_its_key(daemon, client):
+    other = httpx2.Client(
+        base_url=daemon.base_url,
+        headers={"Authorization": f"Bearer {daemon.create_key('short')}"},
+        timeout=60,
+    )
+    told: list[dict] = []
+    ready = threading.Event()
+
+    def follow() -> None:
+        with other.stream("GET", "/v1/events?follow=true") as stream:
+            ready.set()
+            told.extend(json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: "))
+
+    follower = threading.Thread(target=follow)
+    follower.start()
+    assert ready.wait(10)
+    key_id = other.get("/v1/apikeys/current").json()["id"]
+    assert client.post(f"/v1/apikeys/{key_id}/revoke").status_code == 200
+    sandbox_id = create(client)["id"]
+    follower.join(20)
+    assert not follower.is_alive()
+    other.close()
+    assert [event["type"] for event in told] == ["error"]
+    assert told[0]["error"]["code"] == "invalid_api_key"
+    client.delete(f"/v1/sandboxes/{sandbox_id}")
