@@ -41,7 +41,8 @@ class HistoryApi:
         """Events of sandboxes: those that are there, or, with `follow`, those that come, without end.
 
         Args:
-            follow: Wait for events. A connection that breaks is made again, and none is lost or doubled.
+            follow: Wait for events. A connection that breaks is made again, and none is lost or doubled; but
+                while a project has had no event at all, those of the gap are not seen.
             sandbox_id: Of this sandbox only.
             type: Of this type only.
             after: Only what came after the event with this id; with `follow` it defaults to now.
