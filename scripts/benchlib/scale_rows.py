@@ -107,7 +107,9 @@ def soak(bench: Bench) -> Row:
                     client.hang_up()
                 left = _left_after(api, daemon, groups_before)
                 files.append(_fewest_files(daemon.pid))
-    growth = statistics.linear_regression([at for at, _ in memory], [kb for _, kb in memory]).slope * 100
+    growth = _per_100(memory)
+    # Caches fill at first (SQLite's of each connection, malloc's free pieces); a leak goes on.
+    late = _per_100([(at, kb) for at, kb in memory if at >= cycles // 2])
     row = Row(
         "soak",
         f"{cycles} times: create, print(6*7), stop, {AT_ONCE} clients",
@@ -116,7 +118,8 @@ def soak(bench: Bench) -> Row:
         notes=[
             f"{hits / cycles:.0%} out of a pool of {SOAK_POOL}",
             f"the daemon's memory: {memory[0][1] / 1024:.1f} MB after {memory[0][0]} cycles,"
-            f" {memory[-1][1] / 1024:.1f} at the end; by the line {growth:.0f} KB for 100 cycles",
+            f" {memory[-1][1] / 1024:.1f} at the end; by the line {growth:.0f} KB for 100 cycles,"
+            f" {late:.0f} in the second half",
             f"its open files: {files[0]} after {cycles // _WARM_UP} cycles, {files[1]} at the end",
             "left behind: " + (", ".join(sorted(left)[:10]) or "nothing"),
         ],
@@ -126,8 +129,12 @@ def soak(bench: Bench) -> Row:
         at_most("more files open than after the first tenth", files[1] - files[0], 0),
     ]
     if not bench.quick:
-        row.goals.append(at_most("growth of the daemon for 100 cycles", growth, 100, " KB"))
+        row.goals.append(at_most("growth of the daemon for 100 cycles, second half", late, 100, " KB"))
     return row
+
+
+def _per_100(memory: list[tuple[int, int]]) -> float:
+    return statistics.linear_regression([at for at, _ in memory], [kb for _, kb in memory]).slope * 100
 
 
 def _left_after(api: Api, daemon: Daemon, groups_before: set[str]) -> list[str]:
