@@ -94,7 +94,7 @@ def test_a_container_that_dies_is_noticed(client, engine):
     assert not engine.containers.list(all=True, filters={"name": sandbox_id})
 
 
-@pytest.mark.parametrize("path", ["/v1/sandboxes?label=a=b", "/v1/sandboxes?stauts=all", "/v1/apikeys?x=1"])
+@pytest.mark.parametrize("path", ["/v1/sandboxes?labels=a=b", "/v1/sandboxes?stauts=all", "/v1/apikeys?x=1"])
 def test_a_parameter_nobody_reads_is_an_error(client, path):
     answer = client.get(path)
     assert answer.status_code == 400
