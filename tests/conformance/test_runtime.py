@@ -223,6 +223,9 @@ async def test_images_that_cannot_serve_are_told_apart(runtime, settings):
     engine = docker.DockerClient(base_url=settings.docker_url)
     with pytest.raises(ImageNotFoundError, match="no/such"):
         await runtime.ensure_image("no/such:image")
+    for name in ("__proto__", "UPPER", "a b", "../x", "e80/default:latest:latest"):
+        with pytest.raises(ImageNotFoundError, match=r"not how images are named|not in the engine"):
+            await runtime.ensure_image(name)
     empty = engine.api.import_image_from_data(_empty_tar(), repository="e80-test-empty", tag="latest")
     assert empty
     try:

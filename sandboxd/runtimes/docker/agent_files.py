@@ -16,7 +16,7 @@ from typing import Any
 import docker
 
 from sandboxd.runtimes.base import Image
-from sandboxd.runtimes.docker.engine import AlreadyExists, Engine, NotFound
+from sandboxd.runtimes.docker.engine import AlreadyExists, Engine, Malformed, NotFound
 from sandboxd.runtimes.errors import ImageNotFoundError, ImageUnusableError, RuntimeFaultError
 
 PREPARE_TIMEOUT_S = 60.0
@@ -55,6 +55,12 @@ class AgentFiles:
         except NotFound as error:
             raise ImageNotFoundError(
                 f"image {ref!r} is not in the engine; build or load it, or name another", param="image"
+            ) from error
+        except Malformed as error:
+            raise ImageNotFoundError(
+                f"image {ref!r}: that is not how images are named, `name`, `name:tag` and `name@sha256:...` "
+                "are",
+                param="image",
             ) from error
         digest = str(facts["Id"])
         known = self._images.get(digest)

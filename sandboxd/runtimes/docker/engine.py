@@ -19,6 +19,10 @@ class NotFound(Exception):
     """The engine answered, and it has no such thing."""
 
 
+class Malformed(RuntimeFaultError):
+    """The engine answered that it cannot read what it was asked: a name that is none, for example."""
+
+
 class AlreadyExists(Exception):
     """The engine answered that the name is taken."""
 
@@ -67,6 +71,8 @@ class Engine:
         except docker.errors.NotFound as error:
             raise NotFound(str(error.explanation)) from error
         except docker.errors.APIError as error:
+            if error.status_code == 400:
+                raise Malformed(f"the Docker Engine answered: {error.explanation}") from error
             if error.status_code == 409:
                 raise AlreadyExists(str(error.explanation)) from error
             raise RuntimeFaultError(f"the Docker Engine answered: {error.explanation}") from error
