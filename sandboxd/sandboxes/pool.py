@@ -185,9 +185,10 @@ class Pool:
             return True
         if self._admission.shortage() is not None:
             return False
+        now = time.monotonic()
+        self._broken_until = {size: until for size, until in self._broken_until.items() if until > now}
         for size, target in targets.items():
-            broken = self._broken_until.get(size, 0.0) > time.monotonic()
-            if len(held.get(size, [])) < target and not broken:
+            if len(held.get(size, [])) < target and size not in self._broken_until:
                 await self._quiet()
                 return await self._refill(size)
         return False
