@@ -151,11 +151,12 @@ def create_app(settings: Settings) -> FastAPI:
         drain=services.drain,
         max_body_bytes=settings.max_body_mb * 1024 * 1024,
     )
+    # First, because routes are tried in this order, and an exec is what clients feel.
+    app.include_router(make_exec_router(services.sandboxes, services.execs))
     app.include_router(_make_operations_router(services))
     app.include_router(make_identity_router(services.identity))
     app.include_router(make_sandboxes_router(services.sandboxes))
     app.include_router(make_files_router(services.sandboxes))
-    app.include_router(make_exec_router(services.sandboxes, services.execs))
     app.include_router(
         make_activity_router(services.sandboxes, services.events, services.lifecycle.meter, services.identity)
     )
