@@ -129,7 +129,7 @@ async def test_what_is_not_there_is_not_updated(runtime):
     assert await runtime.usage("sbx_nobody") is None
 
 
-async def test_usage_grows_with_work_and_ends_with_the_sandbox(runtime):
+async def test_usage_grows_with_work_and_ends_with_the_sandbox(runtime, settings):
     handle = await runtime.create(await make_spec(runtime))
     agent = agent_of(runtime)
     await agent.hello()
@@ -138,7 +138,8 @@ async def test_usage_grows_with_work_and_ends_with_the_sandbox(runtime):
     await printed(agent, BURN)
     after = await runtime.usage(SANDBOX)
     # gVisor counts the time that it was not given as well, and so ends sooner on a busy machine.
-    assert 0.1 < after.cpu_s - before.cpu_s < 5
+    least = 0.4 if settings.runtime == "runc" else 0.1
+    assert least < after.cpu_s - before.cpu_s < 5
     run = agent.run(request(HOLD, "exec_2"))
     async for _ in run:
         break

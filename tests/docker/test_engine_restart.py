@@ -21,7 +21,12 @@ SETTINGS = {
     "SANDBOXD_WARM_LIBRARIES": "false",
     "SANDBOXD_MEMORY_SIZE_MB": "128",
 }
-TICKS = "import time\nfor number in range(200):\n    open('ticks', 'a').write('t')\n    time.sleep(0.05)\n"
+SANDBOXES, EXECS = 20, 5
+TICKS = (
+    "import time\nfor number in range(200):\n    open('ticks', 'a').write('t')\n"
+    "    print(number, flush=True)\n    time.sleep(0.1)\n"
+)
+TICKED = "".join(f"{number}\n" for number in range(200))
 
 
 @contextmanager
@@ -50,38 +55,53 @@ def created_again(client: httpx2.Client) -> str:
 
 
 @pytest.mark.parametrize("end", [OwnEngine.stop, OwnEngine.kill], ids=["stopped", "killed"])
-def test_sandboxes_and_execs_go_on_without_their_engine(end: Callable[[OwnEngine], None]):
+def test_sandboxes_and_execs_go_on_without_their_engine(end: Callable[[OwnEngine], None], capsys):
     with served(live_restore=True) as (engine, scene), scene.daemon.client() as client:
-        sandboxes = [create(client)["id"] for _ in range(2)]
-        busy = sandboxes[0]
-        answers: list[httpx2.Response] = []
-        running = threading.Thread(
-            target=lambda: answers.append(client.post(f"/v1/sandboxes/{busy}/exec", json={"code": TICKS}))
-        )
-        running.start()
-        until(lambda: ticks(client, busy) > 3)
+        sandboxes = [create(client)["id"] for _ in range(SANDBOXES)]
+        busy = sandboxes[:EXECS]
+        answers: dict[str, httpx2.Response] = {}
+
+        def run(sandbox_id: str) -> None:
+            answers[sandbox_id] = client.post(f"/v1/sandboxes/{sandbox_id}/exec", json={"code": TICKS})
+
+        running = [threading.Thread(target=run, args=(each,)) for each in busy]
+        for thread in running:
+            thread.start()
+        until(lambda: all(ticks(client, each) > 3 for each in busy))
         end(engine)
 
-        began = ticks(client, busy)
+        began = [ticks(client, each) for each in busy]
+        assert max(began) < 200
         refused = client.post("/v1/sandboxes", json={})
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_unavailable")
         assert int(refused.headers["retry-after"]) > 0
         assert client.get("/readyz").status_code == 503
-        assert [printed(client, each) for each in sandboxes] == ["42\n", "42\n"]
-        until(lambda: ticks(client, busy) > began + 5)
+        assert [printed(client, each) for each in sandboxes] == ["42\n"] * SANDBOXES
+        until(lambda: all(ticks(client, each) > first + 3 for each, first in zip(busy, began, strict=True)))
 
+        back = time.monotonic()
         engine.start()
+        assert [printed(client, each) for each in sandboxes] == ["42\n"] * SANDBOXES
+        answered_s = time.monotonic() - back
         third = created_again(client)
         assert printed(client, third) == "42\n"
-        assert [state(client, each) for each in sandboxes] == [("running", None)] * 2
-        running.join()
-        assert answers[0].json()["status"] == "completed"
-        assert ticks(client, busy) == 200
+        assert [state(client, each) for each in sandboxes] == [("running", None)] * SANDBOXES
+        for thread in running:
+            thread.join()
+        results = [answers[each].json() for each in busy]
+        whole = sum(result["stdout"] == TICKED and result["status"] == "completed" for result in results)
+        once = sum(ticks(client, each) == 200 for each in busy)
+        with capsys.disabled():
+            print(  # noqa: T201  # the figures are what the test is for
+                f"\nengine {end.__name__}: {SANDBOXES} sandboxes survived, all answered {answered_s:.2f} s "
+                f"after it was started again; of {EXECS} execs {whole} whole, {once} ran once"
+            )
+        assert (whole, once) == (EXECS, EXECS)
         # The daemon listens again: an end is noticed at once, and told apart from the engine's own.
         scene.engine.containers.get(third).kill()
         until(lambda: state(client, third) == ("failed", "runtime_error"))
         assert event_types(client, third) == ["created", "running", "failed"]
-        assert event_types(client, busy) == ["created", "running"]
+        assert event_types(client, busy[0]) == ["created", "running"]
 
 
 def test_without_live_restore_the_rows_say_that_the_engine_was_restarted(capsys):
