@@ -1,8 +1,8 @@
 """What clients can do with sandboxes: create, look at, change, pause, stop."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,7 +146,8 @@ class SandboxService:
             growth = (cpu_mhz - row.cpu_mhz, memory_size_mb - row.memory_size_mb)
             if resized:
                 await self._check_growth(principal, row, growth)
-                await self._runtime.update(row.id, self._lifecycle.cpus(cpu_mhz), memory_size_mb)
+                async with self._unless_ended(principal, row):
+                    await self._runtime.update(row.id, self._lifecycle.cpus(cpu_mhz), memory_size_mb)
                 live.cpus = self._lifecycle.cpus(cpu_mhz)
             self._lifecycle.fail_points.reach(FailPoint.UPDATE_APPLIED)
             values = {
@@ -213,7 +214,8 @@ class SandboxService:
             row, live = await self._held(principal.project_id, sandbox_id)
             if row.status == Status.RUNNING:
                 return row
-            await self._lifecycle.thaw(row.id)
+            async with self._unless_ended(principal, row):
+                await self._lifecycle.thaw(row.id)
             row = await self._write(principal, row, Status.PAUSED, self._resumed(row), "resume", [])
             live.paused, live.deadline = False, row.expires_boot_s
             live.touch(self._clock.now())
@@ -365,6 +367,17 @@ class SandboxService:
         if live is None:
             raise UnavailableError(f"Sandbox {row.id} is not taken up yet after a restart; try again.")
         return row, live
+
+    @asynccontextmanager
+    async def _unless_ended(self, principal: Principal, row: Sandbox) -> AsyncIterator[None]:
+        """A stop does not wait for a change under way: what fails because of it is the client's own doing."""
+        try:
+            yield
+        except SandboxdError as error:
+            row = await self.get(principal.project_id, row.id)
+            if row.status not in (Status.RUNNING, Status.PAUSED):
+                raise SandboxNotRunningError(row.id, row.status, row.termination_reason) from error
+            raise
 
     def _check(self, changes: Mapping[str, Any]) -> None:
         if "timeout_s" in changes:

@@ -11,7 +11,12 @@ from sandboxd.kit.errors import UnavailableError
 from sandboxd.kit.metrics import Metrics
 from sandboxd.kit.paging import PageParams
 from sandboxd.runtimes.base import Handle, Phase
-from sandboxd.runtimes.errors import EngineUnavailableError, LimitBelowUseError, RuntimeFaultError
+from sandboxd.runtimes.errors import (
+    AgentUnreachableError,
+    EngineUnavailableError,
+    LimitBelowUseError,
+    RuntimeFaultError,
+)
 from sandboxd.sandboxes.errors import LimitError, NoFreeSlotError, QuotaError, SandboxNotRunningError
 from sandboxd.sandboxes.jobs import Reaper
 from sandboxd.sandboxes.limits import NewSandbox
@@ -237,6 +242,25 @@ async def test_a_paused_sandbox_can_be_stopped(world):
     row = await create(world)
     await world.service.pause(world.principal, row.id)
     assert (await world.service.stop(world.principal, row.id)).status == Status.STOPPED
+
+
+@pytest.mark.parametrize("verb", ["pause", "resume", "update"])
+async def test_a_change_that_a_stop_comes_between_is_refused_as_one_of_a_stopped_sandbox(
+    world, monkeypatch, verb
+):
+    row = await create(world)
+    if verb == "resume":
+        await world.service.pause(world.principal, row.id)
+
+    async def stopped_meanwhile(sandbox_id, *_):
+        await world.service.stop(world.principal, sandbox_id)
+        raise AgentUnreachableError(f"sandbox {sandbox_id} is not served by this daemon")
+
+    monkeypatch.setattr(world.runtime, verb, stopped_meanwhile)
+    change = [{"memory_size_mb": row.memory_size_mb * 2}] if verb == "update" else []
+    with pytest.raises(SandboxNotRunningError, match="user"):
+        await getattr(world.service, verb)(world.principal, row.id, *change)
+    assert (await world.service.get(world.principal.project_id, row.id)).status == Status.STOPPED
 
 
 async def test_patch_changes_what_is_named_and_only_that(world):
