@@ -20,7 +20,7 @@ import json
 import struct
 from typing import Any, Dict
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 NONCE_SIZE = 32
 PROOF_SIZE = 33
@@ -40,6 +40,7 @@ RECORD_STDERR = 2
 RECORD_ERROR = 3  # the tenant's own exception as JSON; hostile, only its size was checked
 RECORD_END = 4
 RECORD_DATA = 5
+RECORD_RESULT = 6  # one rich result of a context: a MIME bundle as JSON; as hostile as RECORD_ERROR
 
 # The closed list of codes a reply may carry.
 ERROR_CODES = frozenset(
@@ -64,6 +65,17 @@ ERROR_CODES = frozenset(
         "bad_path",
         "io_error",
         "start_failed",
+        "stdin_closed",
+        "no_terminal",
+        "unknown_context",
+        "context_exists",
+        "context_lost",
+        "context_busy",
+        "unknown_language",
+        "not_empty",
+        "file_exists",
+        "bad_archive",
+        "unsupported",
     ]
 )
 

@@ -73,3 +73,13 @@ class AuditEntry(Table, table=True):
     request_id: str | None = Field(default=None, max_length=64)
     client: str | None = Field(default=None, max_length=64)
     details: dict[str, Any] = Field(default_factory=dict, sa_column=Column(JSON, nullable=False))
+
+
+class Secret(Table, table=True):
+    """A random value that every daemon on the store signs and checks with."""
+
+    __tablename__ = "secret"
+
+    name: str = Field(primary_key=True, max_length=32)
+    value: str = Field(max_length=128)
+    created_at: float

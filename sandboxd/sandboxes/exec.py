@@ -9,8 +9,9 @@ from typing import Any
 
 import structlog
 
-from sandboxd.agentlink.client import Event, ExecRequest, Output, Started
+from sandboxd.agentlink.client import ExecRequest
 from sandboxd.agentlink.errors import AgentRefusedError, LinkBrokenError
+from sandboxd.agentlink.exec_log import Event, Output, Started
 from sandboxd.identity.errors import IdempotencyConflictError
 from sandboxd.kit.clock import Clock
 from sandboxd.kit.errors import SandboxdError

@@ -6,8 +6,8 @@ import signal
 import time
 from typing import Any
 
-from sandboxd.agentlink.client import Event, Failure, Outcome, Output, Started
 from sandboxd.agentlink.errors import AgentRefusedError
+from sandboxd.agentlink.exec_log import Event, Failure, Outcome, Output, Started
 from sandboxd.kit.errors import BadRequestError, SandboxdError
 from sandboxd.sandboxes.errors import BusyError
 from sandboxd.sandboxes.models import Exec
@@ -30,6 +30,9 @@ class Run:
         self.sandbox_id = sandbox_id
         self.kind = kind
         self.started_at = started_at
+        self.title = ""
+        self.context_id: str | None = None
+        self.background = False
         self.status: ExecStatus | None = None
         self.output_bytes = 0
         self._keep_output = keep_output
@@ -85,6 +88,9 @@ class Run:
             "project_id": project_id or "",
             "sandbox_id": self.sandbox_id,
             "kind": self.kind,
+            "title": self.title,
+            "context_id": self.context_id,
+            "background": self.background,
             "status": str(status),
             "exit_code": _storable(outcome.exit_code) if outcome else None,
             "signal": signal_name(outcome.signal) if outcome else None,

@@ -14,7 +14,7 @@ _WRITABLE = "only /home/user and /tmp can be written"
 async def read(sandbox: LiveSandbox, path: str) -> tuple[int, AsyncGenerator[bytes]]:
     """Size and content. Raises FileNotFound, FileForbiddenError, BadRequestError, ConflictError."""
     try:
-        size, chunks = await sandbox.agent.read_file(path)
+        size, chunks = await sandbox.agent.files.read(path)
     except AgentRefusedError as error:
         raise _explain(error, sandbox, path) from error
     return size, _count_out(sandbox, chunks)
@@ -24,7 +24,7 @@ async def write(sandbox: LiveSandbox, path: str, chunks: AsyncIterable[bytes]) -
     """Replaces the file in one step; returns its size and whether it is new. Raises as `read`, and
     DiskFullError: then the file is as it was."""
     try:
-        return await sandbox.agent.write_file(path, _count_in(sandbox, chunks))
+        return await sandbox.agent.files.write(path, _count_in(sandbox, chunks))
     except AgentRefusedError as error:
         raise _explain(error, sandbox, path) from error
     except LinkBrokenError as error:

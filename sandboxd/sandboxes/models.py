@@ -3,7 +3,7 @@ them: execs, events, usage. And the nodes: the daemons that share one store."""
 
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, Column, Index, Integer, text
+from sqlalchemy import JSON, BigInteger, Column, Index, Integer, false, text
 from sqlmodel import Field
 
 from sandboxd.kit.db import Table
@@ -88,6 +88,10 @@ class Exec(Table, table=True):
     project_id: str = Field(max_length=64)
     sandbox_id: str = Field(max_length=64)
     kind: str = Field(max_length=16)
+    # The beginning of what was run, for people who look at a list.
+    title: str = Field(default="", max_length=200, sa_column_kwargs={"server_default": ""})
+    context_id: str | None = Field(default=None, max_length=64)
+    background: bool = Field(default=False, sa_column_kwargs={"server_default": false()})
     status: str = Field(max_length=16)
     exit_code: int | None = None
     signal: str | None = Field(default=None, max_length=16)

@@ -5,7 +5,8 @@ import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
-from sandboxd.agentlink.client import Agent, Event, ExecRequest, Outcome, Output
+from sandboxd.agentlink.client import Agent, ExecRequest
+from sandboxd.agentlink.exec_log import Event, Outcome, Output
 from sandboxd.runtimes.base import Handle, Phase, SandboxSpec
 from sandboxd.runtimes.docker.driver import DockerRuntime
 

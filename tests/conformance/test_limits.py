@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from sandboxd.agentlink.client import Output
+from sandboxd.agentlink.exec_log import Output
 from sandboxd.runtimes.base import Phase
 from sandboxd.runtimes.docker import selfcheck
 from sandboxd.runtimes.docker.container import BACKGROUND_SHARES, SHARES

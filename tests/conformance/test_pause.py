@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from sandboxd.agentlink.client import Output
 from sandboxd.agentlink.errors import LinkBrokenError
+from sandboxd.agentlink.exec_log import Output
 from sandboxd.runtimes.base import Phase
 from sandboxd.runtimes.docker import selfcheck
 from sandboxd.runtimes.errors import AgentUnreachableError, RuntimeFaultError, SpecRefusedError

@@ -12,8 +12,9 @@ import docker
 import pytest
 from e80_agent.protocol import PROTOCOL_VERSION
 
-from sandboxd.agentlink.client import Agent, Output
+from sandboxd.agentlink.client import Agent
 from sandboxd.agentlink.errors import LinkBrokenError
+from sandboxd.agentlink.exec_log import Output
 from sandboxd.runtimes.base import Exited, Handle, Phase
 from sandboxd.runtimes.errors import (
     AgentUnreachableError,
@@ -207,8 +208,8 @@ async def test_files_and_commands(runtime):
         for _ in range(16):
             yield bytes(65536)
 
-    assert await agent.write_file("/home/user/a/big", chunks()) == (1 << 20, True)
-    size, content = await agent.read_file("/home/user/a/big")
+    assert await agent.files.write("/home/user/a/big", chunks()) == (1 << 20, True)
+    size, content = await agent.files.read("/home/user/a/big")
     assert size == 1 << 20
     assert b"".join([chunk async for chunk in content]) == bytes(1 << 20)
     command = dataclasses.replace(

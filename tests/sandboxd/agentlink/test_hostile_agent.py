@@ -10,18 +10,9 @@ from e80_agent import protocol
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sandboxd.agentlink.client import (
-    LOG_EXTRA,
-    Agent,
-    Event,
-    ExecRequest,
-    Failure,
-    Hello,
-    Outcome,
-    Output,
-    Started,
-)
+from sandboxd.agentlink.client import LOG_EXTRA, Agent, ExecRequest, Hello
 from sandboxd.agentlink.errors import AgentRefusedError, LinkBrokenError
+from sandboxd.agentlink.exec_log import Event, Failure, Outcome, Output, Started
 from tests.sandboxd.agentlink.fake_agent import FakeAgent, read_request, says
 
 OK = protocol.pack_header({"ok": True, "size": 0, "finished": False})
@@ -248,7 +239,7 @@ def test_any_bytes_at_all(data):
                 pass
         async with FakeAgent(says(data)) as fake:
             try:
-                size, chunks = await Agent(fake.dial).read_file("x")
+                size, chunks = await Agent(fake.dial).files.read("x")
                 assert size >= 0
                 async for chunk in chunks:
                     assert len(chunk) <= protocol.MAX_RECORD
@@ -352,7 +343,7 @@ BAD_FILES = {
 @pytest.mark.parametrize("answer", BAD_FILES.values(), ids=BAD_FILES)
 async def test_files_that_are_none(answer):
     async def read() -> None:
-        _size, chunks = await Agent(fake.dial).read_file("x")
+        _size, chunks = await Agent(fake.dial).files.read("x")
         async for _ in chunks:
             pass
 
@@ -374,7 +365,7 @@ async def _upload():
 async def test_uploads_to_an_agent_that_answers_nonsense(answer):
     async with FakeAgent(says(answer)) as fake:
         with pytest.raises(LinkBrokenError):
-            await Agent(fake.dial).write_file("x", _upload())
+            await Agent(fake.dial).files.write("x", _upload())
         assert fake.streams[0].closed == 1
 
 
@@ -382,7 +373,7 @@ async def test_an_upload_refused_in_the_middle_says_why():
     refusal = protocol.pack_header({"ok": False, "code": "disk_full", "message": "full"})
     async with FakeAgent(says(refusal, hang_up=False)) as fake:
         with pytest.raises(AgentRefusedError) as caught:
-            await Agent(fake.dial).write_file("x", _upload())
+            await Agent(fake.dial).files.write("x", _upload())
     assert caught.value.agent_code == "disk_full"
 
 
@@ -404,7 +395,7 @@ async def test_an_upload_whose_connection_is_closed_on_our_side_breaks_as_such(m
             yield b"y"
 
         with pytest.raises(LinkBrokenError):
-            await Agent(fake.dial).write_file("x", chunks())
+            await Agent(fake.dial).files.write("x", chunks())
 
 
 async def test_a_request_larger_than_a_header_is_refused_before_it_is_sent():

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sandboxd.agentlink.client import Event, Failure, Outcome, Output
 from sandboxd.agentlink.errors import AgentRefusedError
+from sandboxd.agentlink.exec_log import Event, Failure, Outcome, Output
 from sandboxd.kit.clock import SystemClock
 from sandboxd.kit.db import Database
 from sandboxd.kit.errors import BadRequestError

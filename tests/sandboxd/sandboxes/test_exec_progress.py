@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from sandboxd.agentlink.client import Event, ExecRequest, Known, Outcome, Output, Started
+from sandboxd.agentlink.client import ExecRequest, Known
 from sandboxd.agentlink.errors import AgentRefusedError, LinkBrokenError, UnknownExecError
+from sandboxd.agentlink.exec_log import Event, Outcome, Output, Started
 from sandboxd.identity.errors import IdempotencyConflictError
 from sandboxd.kit.clock import SystemClock
 from sandboxd.kit.db import Database

@@ -20,7 +20,7 @@ async def hang_up(_path: str, _chunks: Any) -> tuple[int, bool]:
 
 
 def sandbox(*, paused: bool) -> Any:
-    return SimpleNamespace(id="sbx_1", paused=paused, agent=SimpleNamespace(write_file=hang_up), bytes_in=0)
+    return SimpleNamespace(id="sbx_1", paused=paused, agent=SimpleNamespace(files=SimpleNamespace(write=hang_up)), bytes_in=0)
 
 
 async def test_an_upload_that_a_pause_cuts_off_says_so():

@@ -31,6 +31,9 @@ def row(number: int, status: str = "completed", **changes: Any) -> dict[str, Any
         "started_at": 1000.0 + number,
         "duration_ms": 1.5,
         "cpu_ms": 0.5,
+        "title": "print(1)",
+        "context_id": None,
+        "background": False,
         "max_rss_mb": 2.0,
     }
     return {**made, **changes}
