@@ -80,8 +80,8 @@ class Api:
         pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
         return {name: float(value) for name, value in pairs}
 
-    def create(self) -> str:
-        return str(self.call("POST", "/v1/sandboxes", {"timeout_s": 3600})["id"])
+    def create(self, **fields: Any) -> str:
+        return str(self.call("POST", "/v1/sandboxes", {"timeout_s": 3600, **fields})["id"])
 
     def stop(self, sandbox_id: str) -> None:
         self.call("POST", f"/v1/sandboxes/{sandbox_id}/stop", {})
@@ -107,11 +107,11 @@ class Api:
         return (time.perf_counter() - start) * 1000
 
     @contextmanager
-    def sandboxes(self, count: int, *, warm: bool = True) -> Iterator[list[str]]:
+    def sandboxes(self, count: int, *, warm: bool = True, **fields: Any) -> Iterator[list[str]]:
         """Sandboxes for a row, with their libraries loaded or not waited for."""
         made: list[str] = []
         try:
-            made.extend(self.create() for _ in range(count))
+            made.extend(self.create(**fields) for _ in range(count))
             if warm:
                 for sandbox_id in made:
                     self.wait_until_warm(sandbox_id)

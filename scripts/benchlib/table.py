@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from scripts.benchlib import create_rows, rows, scale_rows
+from scripts.benchlib import context_rows, create_rows, rows, scale_rows, stream_rows
 from scripts.benchlib.bench import Bench
 from scripts.benchlib.figures import Row
 
@@ -14,9 +14,14 @@ ROWS: dict[str, Callable[[Bench], Row]] = {
     "burst": create_rows.burst,
     "claims": create_rows.claims,
     "sustained": create_rows.sustained,
+    "context": context_rows.context,
+    "context-call": context_rows.context_call,
     "load-plain": rows.load_plain,
     "load-pandas": rows.load_pandas,
     "load-one": rows.load_one,
+    "upload": stream_rows.upload,
+    "download": stream_rows.download,
+    "followers": stream_rows.followers,
     "memory": rows.memory,
     "hold": scale_rows.hold,
     "timeout": rows.timeout,
