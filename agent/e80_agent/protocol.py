@@ -41,6 +41,7 @@ RECORD_ERROR = 3  # the tenant's own exception as JSON; hostile, only its size w
 RECORD_END = 4
 RECORD_DATA = 5
 RECORD_RESULT = 6  # one rich result of a context: a MIME bundle as JSON; as hostile as RECORD_ERROR
+RECORD_GAP = 7  # not in the log: what follows begins at `base` of it, as JSON {"base", "missed"}
 
 # The closed list of codes a reply may carry.
 ERROR_CODES = frozenset(

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from e80_agent import protocol
 
 from sandboxd.agentlink.errors import AgentRefusedError, LinkBrokenError, UnknownExecError
-from sandboxd.agentlink.exec_log import Event, parse_event, read_log
+from sandboxd.agentlink.exec_log import Event, base_of, parse_event, read_log
 from sandboxd.agentlink.files import Files
 from sandboxd.agentlink.wire import (
     CALL_TIMEOUT_S,
@@ -31,6 +31,7 @@ from sandboxd.kit.errors import SandboxdError
 from sandboxd.kit.streams import Stream
 
 REATTACH_TIMEOUT_S = 10.0
+STDIN_TIMEOUT_S = 15.0
 MAX_LOSSES = 5
 # The agent ends an exec at its deadline; one that is this late has an agent that does not work any more.
 OVERTIME_S = 30.0
@@ -41,7 +42,8 @@ MAX_LOG = 32 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """An exec that the agent has the log of. `left_s` is what is left of its time."""
+    """An exec that the agent has the log of. `left_s` is what is left of its time; `ring` tells that the log
+    keeps the newest output."""
 
     id: str
     kind: Literal["code", "command"]
@@ -49,6 +51,7 @@ class Known:
     finished: bool
     age_s: float
     left_s: float | None
+    ring: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +72,11 @@ class Hello:
 class ExecRequest:
     """One run. Either `code` (Python) or `argv`. Times in seconds, limits in bytes. With a `fingerprint` the
     request may be repeated: the agent follows what runs or ran under this id, if the fingerprint is the same,
-    and refuses with exec_differs or exec_gone otherwise."""
+    and refuses with exec_differs or exec_gone otherwise.
+
+    `user` is "user" or "nobody". `stdin_open` keeps stdin open after `stdin`, see `Agent.stdin`. `pty` is the
+    size, rows and columns, of a terminal for a command; its stdin is open. `ring` keeps the newest output,
+    not the oldest. `context` names the context to run `code` in."""
 
     id: str
     env: dict[str, str]
@@ -83,6 +90,11 @@ class ExecRequest:
     argv: tuple[str, ...] = ()
     fresh: bool = False
     fingerprint: str | None = None
+    user: str = "user"
+    stdin_open: bool = False
+    pty: tuple[int, int] | None = None
+    ring: bool = False
+    context: str | None = None
 
 
 class Agent:
@@ -90,6 +102,7 @@ class Agent:
 
     def __init__(self, dial: Dial) -> None:
         self._dial = dial
+        self._protocol: int | None = None
         self.files = Files(dial)
 
     async def hello(self, timeout_s: float = CALL_TIMEOUT_S) -> Hello:
@@ -114,8 +127,24 @@ class Agent:
         """Asks for the interpreter with the heavy libraries; True when it is there already."""
         return (await self._call({"op": "warm"}, CALL_TIMEOUT_S)).get("warm") is True
 
-    async def signal(self, exec_id: str, number: int) -> None:
-        await self._call({"op": "signal", "id": exec_id, "signal": number}, CALL_TIMEOUT_S)
+    async def signal(self, exec_id: str, number: int) -> bool:
+        """Sends a signal to the exec's process group; SIGKILL ends all that it started. False when it came
+        too late."""
+        header = {"op": "signal", "id": exec_id, "signal": number}
+        return (await self._call(header, CALL_TIMEOUT_S)).get("delivered") is True
+
+    async def stdin(self, exec_id: str, data: bytes, offset: int | None, close: bool) -> tuple[int, bool]:
+        """Hands on input to an exec whose stdin is open, as much as there is room for: waits up to 5 s for
+        some. Of `data`, which begins at `offset` of all input, what came before is left out; None means that
+        it follows on what came. Returns how much input the exec has been given in all, and whether its stdin
+        is still open: `close` closes it once all of `data` was taken."""
+        header = {"op": "stdin", "id": exec_id, "offset": offset, "close": close, "body": len(data)}
+        reply = await call(self._dial, header, STDIN_TIMEOUT_S, data)
+        return count(reply, "size"), reply.get("open") is True
+
+    async def resize(self, exec_id: str, rows: int, cols: int) -> None:
+        """Sets the size of the exec's terminal and tells what runs in it."""
+        await self._call({"op": "resize", "id": exec_id, "rows": rows, "cols": cols}, CALL_TIMEOUT_S)
 
     async def timers(self, run: bool) -> None:
         """Stops the deadlines of execs (False), or lets them go on with what was left (True). Idempotent."""
@@ -125,6 +154,12 @@ class Agent:
         """Starts the exec and yields what it writes, then its Outcome; with a fingerprint, Started before
         all. A lost connection is taken up again;
         LinkBrokenError means that the agent did not come back, and the exec's fate is unknown."""
+        async with aclosing(self.start(request)) as events:
+            async for event, _ in events:
+                yield event
+
+    async def start(self, request: ExecRequest) -> AsyncGenerator[tuple[Event, int]]:
+        """Like `run`; with each event comes the offset in the exec's log where it ends."""
         header: dict[str, Any] = {
             "op": "command" if request.code is None else "python",
             "id": request.id,
@@ -141,11 +176,12 @@ class Agent:
             body = request.code + request.stdin
         else:
             header["argv"] = list(request.argv)
+        header.update(await self._additions(request))
         if request.fingerprint is not None:
             header.update(fingerprint=request.fingerprint, resume=True)
         header["body"] = len(body)
         limit_s = None if request.timeout_s is None else request.timeout_s + OVERTIME_S
-        max_log = request.output_limit + LOG_EXTRA
+        max_log = None if request.ring else request.output_limit + LOG_EXTRA
         async with aclosing(self._follow(request.id, 0, header, body, limit_s, max_log)) as events:
             async for event in events:
                 yield event
@@ -154,8 +190,16 @@ class Agent:
         """The exec's events from an offset of its log on, to its Outcome. Raises UnknownExecError."""
         header = _attach_header(exec_id, offset)
         async with aclosing(self._follow(exec_id, offset, header, b"", None, MAX_LOG)) as events:
-            async for event in events:
+            async for event, _ in events:
                 yield event
+
+    async def follow(self, exec_id: str, offset: int = 0) -> AsyncGenerator[tuple[Event, int]]:
+        """Like `attach`; with each event comes the offset in the log where it ends, to go on from. There may
+        be any amount of events: a log that keeps the newest output has no end while its exec runs."""
+        header = _attach_header(exec_id, offset)
+        async with aclosing(self._follow(exec_id, offset, header, b"", None, None)) as events:
+            async for item in events:
+                yield item
 
     async def read_log(self, exec_id: str) -> list[Event] | None:
         """What the exec has written so far, with its Outcome if it has ended; None when the agent has no log
@@ -164,10 +208,14 @@ class Agent:
         try:
             async with asyncio.timeout(CALL_TIMEOUT_S):
                 send(stream, _attach_header(exec_id, 0), b"")
-                size = count(check(await read_header(stream)), "size")
-                events: list[Event] = []
+                reply = check(await read_header(stream))
+                gap, base = base_of(reply, 0)
+                size = count(reply, "size") - base
+                events: list[Event] = [] if gap is None else [gap]
                 while 0 < size <= MAX_LOG:
                     kind, payload = await read_record(stream)
+                    if kind == protocol.RECORD_GAP:
+                        break  # it writes faster than it is read: what there was is gone already
                     size -= protocol.RECORD.size + len(payload)
                     events.append(parse_event(kind, payload))
                 return events
@@ -188,19 +236,20 @@ class Agent:
         header: dict[str, Any],
         body: bytes,
         limit_s: float | None,
-        max_log: int,
-    ) -> AsyncGenerator[Event]:
+        max_log: int | None,
+    ) -> AsyncGenerator[tuple[Event, int]]:
         deadline = None if limit_s is None else asyncio.get_running_loop().time() + limit_s
         stream = await self._dial(CALL_TIMEOUT_S)
         losses = 0
         while True:
             try:
-                async with aclosing(read_log(stream, header, body, deadline, max_log - offset)) as log:
-                    async for event, size in log:
-                        offset += size
-                        if size:
+                room = None if max_log is None else max_log - offset
+                async with aclosing(read_log(stream, header, body, deadline, room, offset)) as log:
+                    async for event, end in log:
+                        if end > offset:
                             losses = 0
-                        yield event
+                        offset = end
+                        yield event, end
                 return
             except (asyncio.IncompleteReadError, ConnectionError) as error:
                 losses += 1
@@ -216,6 +265,27 @@ class Agent:
             if offset > 0 or await self._knows(exec_id):
                 header, body = _attach_header(exec_id, offset), b""
             stream = await self._redial(exec_id)
+
+    async def _additions(self, request: ExecRequest) -> dict[str, Any]:
+        """The fields of a header that agents know since protocol 3. Those before would run the exec without a
+        word, as another user and without a terminal."""
+        fields: dict[str, Any] = {}
+        if request.user != "user":
+            fields["user"] = request.user
+        if request.stdin_open:
+            fields["stdin_open"] = True
+        if request.pty is not None:
+            fields["pty"] = {"rows": request.pty[0], "cols": request.pty[1]}
+        if request.ring:
+            fields["ring"] = True
+        if fields and self._protocol is None:
+            self._protocol = (await self.hello()).protocol
+        if fields and self._protocol is not None and self._protocol < 3:
+            names = ", ".join(fields)
+            raise AgentRefusedError(
+                "unsupported", f"this sandbox is of an older release and knows no {names}"
+            )
+        return fields
 
     async def _redial(self, exec_id: str) -> Stream:
         try:
@@ -249,4 +319,5 @@ def _known(fact: dict[str, Any]) -> Known:
         finished=fact.get("finished") is True,
         age_s=number(fact, "age_s") if "age_s" in fact else 0.0,
         left_s=None if fact.get("left_s") is None else number(fact, "left_s"),
+        ring=fact.get("ring") is True,
     )

@@ -56,14 +56,30 @@ class Outcome:
     max_rss_kb: int
 
 
-Event = Started | Output | Failure | Outcome
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One rich result of a call in a context: MIME types with their data, as the tenant's process told it."""
+
+    bundle: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Output that was dropped before this follower came to it, from a log that keeps the newest. Who asked
+    for the log from an offset in the middle is told of some more: the 5 bytes that head each record count."""
+
+    missed_bytes: int
+
+
+Event = Started | Output | Failure | Result | Gap | Outcome
 
 
 async def read_log(
-    stream: Stream, header: dict[str, Any], body: bytes, deadline: float | None, room: int
+    stream: Stream, header: dict[str, Any], body: bytes, deadline: float | None, room: int | None, offset: int
 ) -> AsyncGenerator[tuple[Event, int]]:
-    """Sends the request and yields the exec's events with their sizes in the log, up to its Outcome; no
-    more than `room` bytes of them, whatever the agent sends."""
+    """Sends the request, which is answered with the log from `offset` on, and yields the exec's events up to
+    its Outcome, each with the offset in the log where it ends; no more than `room` bytes of them, whatever
+    the agent sends."""
     between_requests = False
     turn = _TURN
     try:
@@ -73,24 +89,33 @@ async def read_log(
         between_requests = reply.get("ok") is not True
         check(reply)
         if header.get("resume"):
-            yield _started(reply), 0
+            yield _started(reply), offset
+        gap, offset = base_of(reply, offset)
+        if gap is not None:
+            yield gap, offset
         while True:
             async with asyncio.timeout_at(deadline):
                 kind, payload = await read_record(stream)
-            room -= protocol.RECORD.size + len(payload)
-            if room < 0:
-                raise LinkBrokenError("the agent sent more output than it was asked for")
+            if room is not None:
+                room -= protocol.RECORD.size + len(payload)
+                if room < 0:
+                    raise LinkBrokenError("the agent sent more output than it was asked for")
             turn -= 1
             if not turn:
                 # Records that have arrived already are read without a pause, and tiny ones are many.
                 turn = _TURN
                 await asyncio.sleep(0)
             between_requests = kind == protocol.RECORD_END
+            if kind == protocol.RECORD_GAP:
+                gap, offset = _gap(payload, offset)
+                yield gap, offset
+                continue
             event = parse_event(kind, payload)
+            offset += protocol.RECORD.size + len(payload)
             if between_requests:
                 # Before the consumer gets to see it: it may not come back for more.
                 stream.release()
-            yield event, protocol.RECORD.size + len(payload)
+            yield event, offset
             if between_requests:
                 return
     finally:
@@ -100,11 +125,32 @@ async def read_log(
             stream.close()
 
 
+def base_of(reply: dict[str, Any], offset: int) -> tuple[Gap | None, int]:
+    """Where the log begins that a reply announces, asked for from `offset` on, and what is missing before."""
+    base = count(reply, "base") if "base" in reply else 0
+    if base <= offset:
+        return None, offset
+    return Gap(count(reply, "dropped") if offset == 0 else base - offset), base
+
+
+def _gap(payload: bytes, offset: int) -> tuple[Gap, int]:
+    try:
+        fact = protocol.parse_header(payload)
+    except protocol.ProtocolError as error:
+        raise LinkBrokenError("the agent sent a gap that is not JSON") from error
+    base, missed = count(fact, "base"), count(fact, "missed")
+    if base <= offset:
+        raise LinkBrokenError("the agent sent a gap that leads back")
+    return Gap(missed), base
+
+
 def parse_event(kind: int, payload: bytes) -> Event:
     if kind in (protocol.RECORD_STDOUT, protocol.RECORD_STDERR):
         return Output(kind == protocol.RECORD_STDERR, payload)
     if kind == protocol.RECORD_ERROR:
         return _failure(payload)
+    if kind == protocol.RECORD_RESULT:
+        return _result(payload)
     if kind == protocol.RECORD_END:
         return _outcome(payload)
     raise LinkBrokenError(f"the agent sent a record of unknown kind {kind}")
@@ -123,6 +169,24 @@ def _failure(payload: bytes) -> Failure:
         value=text(fact.get("value"), 8192),
         traceback=text(fact.get("traceback"), 64 * 1024),
     )
+
+
+def _result(payload: bytes) -> Result:
+    """Garbage is shown as an empty bundle. What is kept can be written as JSON again: no lone surrogates, no
+    numbers that JSON does not have, no more depth than a parser takes."""
+    try:
+        bundle = json.loads(payload, parse_constant=_no_constant)
+        if not isinstance(bundle, dict):
+            return Result({})
+        # Encodes only what UTF-8 can, and goes as deep as whoever writes it on will have to.
+        json.dumps(bundle, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError):
+        return Result({})
+    return Result(bundle)
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(name)
 
 
 def _outcome(payload: bytes) -> Outcome:
