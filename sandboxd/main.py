@@ -29,6 +29,7 @@ from sandboxd.kit.clock import SystemClock
 from sandboxd.kit.db import Database
 from sandboxd.kit.errors import SandboxdError
 from sandboxd.kit.settings import Settings, unknown_variables, variable_name
+from sandboxd.kit.sse import Protocol
 
 EXIT_FAILED = 1
 EXIT_USAGE = 64
@@ -234,7 +235,7 @@ async def serve(app: FastAPI, stop: asyncio.Event) -> int:
             app,
             host=services.settings.host,
             port=services.settings.port,
-            http="httptools",
+            http=Protocol,
             lifespan="on",
             log_config=None,
             access_log=False,

@@ -1,4 +1,4 @@
-"""What every route shares: error bodies, request ids, the body limit, drain, access log, lists and events."""
+"""What every route shares: error bodies, request ids, the body limit, drain, access log, lists."""
 
 import asyncio
 import itertools
@@ -6,7 +6,7 @@ import json
 import re
 import reprlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import structlog
@@ -17,7 +17,7 @@ from fastapi.routing import iter_route_contexts
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sandboxd.kit.errors import BadRequestError, SandboxdError, TooLargeError, UnavailableError
@@ -36,9 +36,6 @@ FIELD_NAME = re.compile(r"\w{1,100}")
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 QUIET_PATHS = frozenset({"/healthz", "/readyz", "/metrics"})
-# The type of an event that is none: a comment, so that neither side takes the silence for an end.
-KEEP_ALIVE = ""
-SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 STATUS_CODES = {
     400: "invalid_request",
     401: "invalid_api_key",
@@ -73,8 +70,6 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
         },
     }
 }
-# For the `content` of a response that can be a stream, made by `sse_response`.
-EVENT_STREAM: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string"}}}
 
 
 class Body(BaseModel):
@@ -190,41 +185,6 @@ def error_response(error: SandboxdError) -> Response:
     return _json(error.status, error_body(error.message, error.type, error.code, error.param), error.headers)
 
 
-def sse_event(type: str, sequence_number: int, /, **data: Any) -> bytes:
-    """One server-sent event."""
-    event = {"type": type, "sequence_number": sequence_number, **data}
-    return b"data: " + _dump(event) + b"\n\n"
-
-
-def sse_response(events: AsyncGenerator[tuple[str, Mapping[str, Any]]]) -> StreamingResponse:
-    """Stream numbered events. When `events` fails, the last event is an `error`, and the fault is logged."""
-    return StreamingResponse(_sse(events), media_type="text/event-stream", headers=SSE_HEADERS)
-
-
-async def _sse(events: AsyncGenerator[tuple[str, Mapping[str, Any]]]) -> AsyncIterator[bytes]:
-    number = 0
-    try:
-        async for type_, data in events:
-            if type_ == KEEP_ALIVE:
-                yield b": keep-alive\n\n"
-                continue
-            yield sse_event(type_, number, **data)
-            number += 1
-    except SandboxdError as error:
-        yield sse_event("error", number, **error_body(error.message, error.type, error.code, error.param))
-    except asyncio.CancelledError:
-        # The drain is over, or the client is gone; in the first case it still reads this.
-        stopped = _interrupted()
-        yield sse_event("error", number, **error_body(stopped.message, stopped.type, stopped.code))
-        raise
-    except Exception:  # border of a request whose head is sent: the stream must not end well
-        log.exception("stream failed")
-        message = _internal_message(structlog.contextvars.get_contextvars().get("request_id", "unknown"))
-        yield sse_event("error", number, **error_body(message, "server_error", "internal_error"))
-    finally:
-        await events.aclose()
-
-
 class RequestMiddleware:
     """Request id, body limit, drain, access log, metrics; and the border where internal faults end."""
 
@@ -266,7 +226,7 @@ class RequestMiddleware:
             # Our own drain ended this request, and nobody above waits to hear of it.
             task.uncancel()
             if status == 0:
-                stopped = _interrupted(repeatable=scope.get("repeatable", False))
+                stopped = interrupted(repeatable=scope.get("repeatable", False))
                 await error_response(stopped)(scope, receive, send_with_id)
         except ClientDisconnect:
             # It hung up in the middle of its own body: there is nobody to answer.
@@ -275,7 +235,7 @@ class RequestMiddleware:
             log.exception("request failed", method=scope["method"], path=_shown_path(scope))
             # With the head already sent there is no honest end but a broken connection: the server closes it.
             if status == 0:
-                body = error_body(_internal_message(request_id), "server_error", "internal_error")
+                body = error_body(internal_message(request_id), "server_error", "internal_error")
                 await _json(500, body)(scope, receive, send_with_id)
         finally:
             self.drain.leave(task)
@@ -433,7 +393,7 @@ def _too_large(limit: int, size: int | None = None) -> TooLargeError:
     )
 
 
-def _interrupted(*, repeatable: bool = False) -> SandboxdError:
+def interrupted(*, repeatable: bool = False) -> SandboxdError:
     if repeatable:
         return UnavailableError(
             "The server was stopped while this request ran. Send it again with the same Idempotency-Key.",
@@ -451,7 +411,7 @@ def _stopped() -> UnavailableError:
     return UnavailableError("The server is shutting down and takes no new work. Send the request again.")
 
 
-def _internal_message(request_id: str) -> str:
+def internal_message(request_id: str) -> str:
     return f"Internal error. The server's log has the details under request id {request_id}."
 
 
@@ -479,9 +439,9 @@ def _printable(text: str) -> str:
 
 
 def _json(status: int, content: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Response:
-    return Response(_dump(content), status, headers, "application/json")
+    return Response(dump(content), status, headers, "application/json")
 
 
-def _dump(content: Mapping[str, Any]) -> bytes:
+def dump(content: Mapping[str, Any]) -> bytes:
     # Escaped to ASCII: a lone surrogate (legal in JSON text) cannot be encoded as UTF-8.
     return json.dumps(content, separators=(",", ":")).encode("ascii")

@@ -10,9 +10,10 @@ from fastapi import APIRouter, Depends, Query, Response
 from sandboxd.identity.auth import CurrentPrincipal
 from sandboxd.identity.service import IdentityService, Principal
 from sandboxd.kit.errors import BadRequestError
-from sandboxd.kit.http import EVENT_STREAM, KEEP_ALIVE, PageQuery, known_query_only, sse_response
+from sandboxd.kit.http import PageQuery, known_query_only
 from sandboxd.kit.ids import ID_PATTERN
 from sandboxd.kit.paging import Page, PageParams
+from sandboxd.kit.sse import EVENT_STREAM, KEEP_ALIVE, sse_response
 from sandboxd.sandboxes.activity_schemas import EventOut, UsageReportOut
 from sandboxd.sandboxes.events import Events
 from sandboxd.sandboxes.models import Event

@@ -7,9 +7,10 @@ from starlette.requests import Request
 
 from sandboxd.identity.auth import CurrentPrincipal
 from sandboxd.identity.service import check_project
-from sandboxd.kit.http import EVENT_STREAM, IdempotencyKey, PageQuery, known_query_only, sse_response
+from sandboxd.kit.http import IdempotencyKey, PageQuery, known_query_only
 from sandboxd.kit.ids import is_id
 from sandboxd.kit.paging import Page
+from sandboxd.kit.sse import EVENT_STREAM, sse_response
 from sandboxd.sandboxes.errors import ExecNotFoundError
 from sandboxd.sandboxes.exec import ExecService
 from sandboxd.sandboxes.exec_schemas import ExecBody, ExecEntryOut, ExecOut, PastExecOut

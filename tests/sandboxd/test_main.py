@@ -13,8 +13,8 @@ import structlog
 
 from sandboxd.app import create_app
 from sandboxd.kit.db import Database
-from sandboxd.kit.http import sse_response
 from sandboxd.kit.settings import Settings
+from sandboxd.kit.sse import sse_response
 from sandboxd.main import EXIT_FAILED, EXIT_USAGE, main, serve
 
 COMMAND = [sys.executable, "-W", "error", "-m", "sandboxd"]

@@ -20,11 +20,10 @@ from sandboxd.kit.http import (
     PageQuery,
     RequestMiddleware,
     install,
-    sse_event,
-    sse_response,
 )
 from sandboxd.kit.metrics import Metrics
 from sandboxd.kit.origin import Origin, current_origin
+from sandboxd.kit.sse import sse_event, sse_response
 
 LIMIT = 1000
 

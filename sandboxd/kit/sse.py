@@ -1,0 +1,172 @@
+"""Server-sent events: how they are written, numbered, sent; what a client that does not read may cost."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any
+
+import structlog
+from starlette.requests import ClientDisconnect
+from starlette.responses import StreamingResponse
+from starlette.types import Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from sandboxd.kit.errors import SandboxdError
+from sandboxd.kit.http import dump, error_body, internal_message, interrupted
+from sandboxd.kit.tasks import TaskOwner
+
+log = structlog.get_logger("sandboxd.http")
+
+# For the `content` of a response that can be a stream.
+EVENT_STREAM: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string"}}}
+# The type of an event that is none: a comment, so that neither side takes the silence for an end.
+KEEP_ALIVE = ""
+KEEP_ALIVE_BYTES = b": keep-alive\n\n"
+KEEP_ALIVE_S = 15.0
+# A client that takes nothing for so long is cut off; it can come back.
+STALLED_S = 300.0
+# What is written at once. With what the connection holds at most before it asks to wait, this is all that a
+# client that does not read keeps in memory: less than 64 KiB.
+SLICE = 16 * 1024
+WRITE_BUFFER = 32 * 1024
+_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+_ABORT = "sandboxd.abort"
+
+Events = AsyncGenerator[tuple[str, Mapping[str, Any]]]
+Chunks = AsyncGenerator[bytes | memoryview]
+
+
+class Protocol(HttpToolsProtocol):
+    """The server's, with a smaller buffer for writes, and a way to cut off a client that does not read."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as the base
+        super().connection_made(transport)
+        transport.set_write_buffer_limits(high=WRITE_BUFFER)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.scope["extensions"] = {_ABORT: self.transport.abort}  # type: ignore[dict-item]  # our own
+
+
+def sse_event(type: str, sequence_number: int, /, **data: Any) -> bytes:
+    """One server-sent event."""
+    event = {"type": type, "sequence_number": sequence_number, **data}
+    return b"data: " + dump(event) + b"\n\n"
+
+
+def with_id(sequence_number: int, event: bytes) -> bytes:
+    """The event with its number as its id: a client that reconnects by itself names it in Last-Event-ID."""
+    return b"id: %d\n%b" % (sequence_number, event)
+
+
+def sse_response(events: Events) -> "EventStream":
+    """Stream events, numbered from 0. When `events` fails, the last event is an `error`, and the fault is
+    logged."""
+    return EventStream(_numbered(events))
+
+
+async def _numbered(events: Events) -> Chunks:
+    number = 0
+    try:
+        async for type_, data in events:
+            if type_ == KEEP_ALIVE:
+                yield KEEP_ALIVE_BYTES
+                continue
+            yield sse_event(type_, number, **data)
+            number += 1
+    except (Exception, asyncio.CancelledError) as error:  # border of a request whose head is sent
+        yield error_event(error, number)
+        if isinstance(error, asyncio.CancelledError):
+            raise
+    finally:
+        await events.aclose()
+
+
+def error_event(error: BaseException, number: int) -> bytes:
+    """The last event of a stream that failed: it must not seem to have ended well."""
+    if isinstance(error, asyncio.CancelledError):
+        # The drain is over, or the client is gone; in the first case it still reads this.
+        error = interrupted()
+    if isinstance(error, SandboxdError):
+        body = error_body(error.message, error.type, error.code, error.param)
+    else:
+        log.error("stream failed", exc_info=error)
+        request_id = structlog.contextvars.get_contextvars().get("request_id", "unknown")
+        body = error_body(internal_message(request_id), "server_error", "internal_error")
+    return sse_event("error", number, **body)
+
+
+class EventStream(StreamingResponse):
+    """Sends chunks in slices, comments into silence, and gives up a client that takes nothing."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, chunks: Chunks) -> None:
+        super().__init__(chunks, headers=_HEADERS)
+        self._chunks = chunks
+        self._free = asyncio.Lock()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_in_time(message: Message) -> None:
+            try:
+                async with asyncio.timeout(STALLED_S):
+                    await send(message)
+            except TimeoutError as error:
+                abort = scope.get("extensions", {}).get(_ABORT)
+                if abort is not None:
+                    abort()
+                raise ClientDisconnect from error
+
+        await super().__call__(scope, receive, send_in_time)
+
+    async def stream_response(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        beat = _Beat(self._free, send)
+        try:
+            async for chunk in self._chunks:
+                beat.postpone()
+                async with self._free:
+                    await _send_slices(send, chunk)
+        finally:
+            await beat.close()
+            await self._chunks.aclose()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _send_slices(send: Send, chunk: bytes | memoryview) -> None:
+    view = memoryview(chunk)
+    for start in range(0, len(view), SLICE):
+        await send({"type": "http.response.body", "body": view[start : start + SLICE], "more_body": True})
+
+
+class _Beat:
+    """Sends a comment whenever the stream was silent for a while. Costs no task until then."""
+
+    def __init__(self, free: asyncio.Lock, send: Send) -> None:
+        self._free = free
+        self._send = send
+        self._tasks = TaskOwner()
+        self._loop = asyncio.get_running_loop()
+        self._silent_since = self._loop.time()
+        self._timer = self._loop.call_later(KEEP_ALIVE_S, self._look)
+
+    def postpone(self) -> None:
+        self._silent_since = self._loop.time()
+
+    async def close(self) -> None:
+        self._timer.cancel()
+        await self._tasks.close()
+
+    def _look(self) -> None:
+        left_s = self._silent_since + KEEP_ALIVE_S - self._loop.time()
+        if left_s <= 0:
+            if not self._free.locked():
+                self._tasks.start("keep-alive", self._say())
+            left_s = KEEP_ALIVE_S
+        self._timer = self._loop.call_later(left_s, self._look)
+
+    async def _say(self) -> None:
+        async with self._free:
+            # A client that takes nothing is found out by the stream itself.
+            with contextlib.suppress(ClientDisconnect):
+                await self._send({"type": "http.response.body", "body": KEEP_ALIVE_BYTES, "more_body": True})
