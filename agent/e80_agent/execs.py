@@ -37,12 +37,22 @@ class Follower(Protocol):
     def log_grew(self) -> None: ...
 
 
+class Session(Protocol):
+    """What runs an exec that has no process of its own: the context whose call it is."""
+
+    def kill_call(self, run: Exec, reason: str) -> None: ...
+
+    def signal_call(self, run: Exec, number: int) -> bool: ...
+
+
 class Exec:
     """One run. `log` only grows, up to `output_limit` of payload; `finished` is set with its last record."""
 
     def __init__(self, header: Dict[str, Any], tag: int) -> None:
         self.id: str = header["id"]
-        self.kind = "code" if header["op"] == "python" else "command"
+        self.kind = "command" if header["op"] == "command" else "code"
+        self.session: Optional[Session] = None
+        self.waiting = False  # for its turn in its session
         self.fingerprint: Optional[str] = header.get("fingerprint")
         self.tag = tag
         self.timeout_s: Optional[float] = header.get("timeout_s")
@@ -66,6 +76,7 @@ class Exec:
         self.oom_kills_before = oom_kills()
         self.outputs: Dict[int, int] = {}  # our end of a pipe -> record kind
         self.error = bytearray()
+        self.result_size = 0  # of the log, what results take
         self.stdin_fd: Optional[int] = None
         self.stdin = memoryview(b"")
         self.deadline: Optional[Timer] = None
@@ -77,7 +88,8 @@ class Exec:
         """Adds a record, or to the last one while nobody was sent any of it: a flood of tiny writes must
         not become a flood of records."""
         size = len(self.log) - self._last - protocol.RECORD.size + len(payload)
-        if kind == self._last_kind and self.sent <= self._last and size <= _READ_SIZE:
+        merges = kind == self._last_kind and kind != protocol.RECORD_RESULT
+        if merges and self.sent <= self._last and size <= _READ_SIZE:
             self.log += payload
             protocol.RECORD.pack_into(self.log, self._last, kind, size)
         else:
@@ -117,14 +129,24 @@ class Execs:
     def running(self) -> int:
         return len(self._by_id) - len(self._finished)
 
-    def create(self, header: Dict[str, Any], stdin: bytes) -> Exec:
+    def create(self, header: Dict[str, Any], stdin: bytes, session: Optional[Session] = None) -> Exec:
+        """A new exec, whose time begins now, or for a call in a session with `begin`."""
         self._tags = (self._tags + 1) % 0x20000000
         run = Exec(header, TAG_BASE + self._tags)
         run.stdin = memoryview(stdin)
         self._by_id[run.id] = run
-        if self._held_since is None:
+        run.session, run.waiting = session, session is not None
+        if self._held_since is None and not run.waiting:
             self._arm(run)
         return run
+
+    def begin(self, run: Exec) -> None:
+        """The turn of a call has come: from now on its deadline runs."""
+        run.waiting = False
+        run.started = time.monotonic()
+        run.oom_kills_before = oom_kills()
+        if self._held_since is None:
+            self._arm(run)
 
     def forget(self, run: Exec) -> None:
         """For an exec that could not be started: as if it had never been."""
@@ -164,13 +186,13 @@ class Execs:
         now = time.monotonic()
         for run in self._by_id.values():
             if not run.finished:
-                run.started += now - max(since, run.created)
-                if not run.ending:
+                run.started += now - max(since, run.started)
+                if not run.ending and not run.waiting:
                     self._arm(run)
 
     def left_s(self, run: Exec) -> Optional[float]:
         """What is left of the exec's time; None for one without a limit."""
-        if run.timeout_s is None or self.held:
+        if run.timeout_s is None or self.held or run.waiting:
             return run.left_s
         return max(0.0, run.timeout_s - (time.monotonic() - run.started))
 
@@ -213,6 +235,9 @@ class Execs:
         """Ends the exec and all it started. Does nothing when it is already ending."""
         if run.finished or run.ending:
             return
+        if run.session is not None:
+            run.session.kill_call(run, reason)
+            return
         run.reason = reason
         if run.pid is None:
             run.main_exited = True
@@ -223,7 +248,9 @@ class Execs:
 
     def signal(self, run: Exec, number: int) -> None:
         """Sends a signal to the exec's process group; SIGKILL ends everything it started."""
-        if number == signal.SIGKILL:
+        if run.session is not None:
+            run.session.signal_call(run, number)
+        elif number == signal.SIGKILL:
             self.kill(run, "killed")
         elif run.pid is not None and not run.main_exited:
             try:
@@ -242,11 +269,7 @@ class Execs:
     def _finish(self, run: Exec) -> None:
         # Every writer is gone, so what is in the pipes now is all there will be. Not more than that: another
         # exec may have been handed a descriptor, and could write as fast as we read.
-        for fd in list(run.outputs):
-            left = _waiting_bytes(fd)
-            while left > 0:
-                size = self._read(run, fd)
-                left = left - size if size else 0
+        self.drain(run)
         self._close_pipes(run)
         if run.error:
             run.append(protocol.RECORD_ERROR, bytes(run.error))
@@ -255,6 +278,36 @@ class Execs:
         run.followers.clear()
         self._finished.append(run)
         self._evict()
+
+    def drain(self, run: Exec) -> None:
+        """Moves what the pipes hold at this moment into the log."""
+        for fd in list(run.outputs):
+            left = _waiting_bytes(fd)
+            while left > 0:
+                size = self._read(run, fd)
+                left = left - size if size else 0
+
+    def call_ended(self, run: Exec, status: int, cpu_ms: float, max_rss_kb: int) -> List[int]:
+        """A call in a session is over. What it started lives on with the session, so nothing is swept. Returns
+        the pipes that somebody may still write to, which are the caller's now."""
+        run.ending = run.main_exited = True
+        run.waiting = False
+        run.status, run.cpu_ms, run.max_rss_kb = status, cpu_ms, max_rss_kb
+        if run.deadline is not None:
+            run.deadline.cancel()
+        self.drain(run)
+        left = list(run.outputs)
+        for fd in left:
+            self._loop.forget(fd)
+        run.outputs.clear()
+        self._finish(run)
+        return left
+
+    def add_result(self, run: Exec, payload: bytes) -> None:
+        """Adds a rich result of a call, behind what the call had written when it came."""
+        self.drain(run)
+        run.result_size += protocol.RECORD.size + len(payload)
+        run.append(protocol.RECORD_RESULT, payload)
 
     def _outcome(self, run: Exec) -> Dict[str, Any]:
         number = os.WTERMSIG(run.status) if os.WIFSIGNALED(run.status) else None
@@ -307,7 +360,7 @@ class Execs:
         return len(data)
 
     def _log(self, run: Exec, kind: int, data: bytes) -> None:
-        room = run.output_limit - len(run.log)
+        room = run.output_limit + run.result_size - len(run.log)
         if room > 0 and not run.truncated:
             run.append(kind, data[:room])
         if len(data) <= room and not run.truncated:
