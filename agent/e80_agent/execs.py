@@ -288,8 +288,8 @@ class Execs:
                 left = left - size if size else 0
 
     def call_ended(self, run: Exec, status: int, cpu_ms: float, max_rss_kb: int) -> List[int]:
-        """A call in a session is over. What it started lives on with the session, so nothing is swept. Returns
-        the pipes that somebody may still write to, which are the caller's now."""
+        """A call in a session is over. What it started lives on, so nothing is swept. Returns the pipes that
+        somebody may still write to, which are the caller's now."""
         run.ending = run.main_exited = True
         run.waiting = False
         run.status, run.cpu_ms, run.max_rss_kb = status, cpu_ms, max_rss_kb
