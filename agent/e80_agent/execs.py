@@ -18,10 +18,13 @@ import time
 from typing import Any, Callable, Deque, Dict, Iterable, List, Optional, Protocol
 
 from e80_agent import protocol
+from e80_agent.log import Log
 from e80_agent.loop import Loop, Timer
 from e80_agent.spool import Spool
+from e80_agent.stdin import Stdin
 from e80_agent.sweep import Sweep
-from e80_agent.tenant import TAG_BASE, Tenant
+from e80_agent.tenant import TAG_BASE, Tenant, check_user
+from e80_agent.terminal import Terminal, check_size, open_terminal
 
 MAX_RUNNING = 64
 KEPT_FINISHED = 64
@@ -30,11 +33,16 @@ KEPT_BYTES = 32 * 1024 * 1024
 REMEMBERED = 32768
 _READ_SIZE = 65536
 _MAX_PACKETS = 64
-_MAX_ERROR = 256 * 1024
+_MAX_EARLY_SIGNALS = 16
+# More than a terminal holds on its way from one end to the other.
+_MAX_IN_TERMINAL = 256 * 1024
 
 
 class Follower(Protocol):
     def log_grew(self) -> None: ...
+
+    def log_drops(self, start: int, end: int) -> None:
+        """The record between these offsets is about to be dropped."""
 
 
 class Session(Protocol):
@@ -46,22 +54,20 @@ class Session(Protocol):
 
 
 class Exec:
-    """One run. `log` only grows, up to `output_limit` of payload; `finished` is set with its last record."""
+    """One run. `finished` is set with the last record of its log."""
 
-    def __init__(self, header: Dict[str, Any], tag: int) -> None:
+    def __init__(self, header: Dict[str, Any], tag: int, stdin: bytes = b"") -> None:
         self.id: str = header["id"]
         self.kind = "command" if header["op"] == "command" else "code"
         self.session: Optional[Session] = None
         self.waiting = False  # for its turn in its session
         self.fingerprint: Optional[str] = header.get("fingerprint")
+        self.user = check_user(header.get("user", "user"))
         self.tag = tag
         self.timeout_s: Optional[float] = header.get("timeout_s")
         self.output_limit: int = header["output_limit"]
         self.spool_limit: int = header.get("spool_limit", 0)
-        self.log = bytearray()
-        self.sent = 0  # up to here somebody has been sent the log, and it must not change
-        self._last = 0
-        self._last_kind = 0
+        self.log = Log(self.output_limit, header.get("ring") is True, self._drops)
         self.followers: List[Follower] = []
         self.finished = False
         self.pid: Optional[int] = None
@@ -76,27 +82,33 @@ class Exec:
         self.oom_kills_before = oom_kills()
         self.outputs: Dict[int, int] = {}  # our end of a pipe -> record kind
         self.error = bytearray()
-        self.result_size = 0  # of the log, what results take
-        self.stdin_fd: Optional[int] = None
-        self.stdin = memoryview(b"")
+        pty = header.get("pty")
+        self.pty_size = None if pty is None else check_size(pty.get("rows"), pty.get("cols"))
+        self.terminal: Optional[Terminal] = None
+        self.stdin = Stdin(stdin, pty is not None or header.get("stdin_open") is True)
+        self.early_signals: List[int] = []  # sent while there was no process yet
         self.deadline: Optional[Timer] = None
         self.left_s = self.timeout_s  # of its time, when the clock of deadlines last began to run or stopped
         self.spool: Optional[Spool] = None
         self.ending = False
 
     def append(self, kind: int, payload: bytes) -> None:
-        """Adds a record, or to the last one while nobody was sent any of it: a flood of tiny writes must
-        not become a flood of records."""
-        size = len(self.log) - self._last - protocol.RECORD.size + len(payload)
-        merges = kind == self._last_kind and kind != protocol.RECORD_RESULT
-        if merges and self.sent <= self._last and size <= _READ_SIZE:
-            self.log += payload
-            protocol.RECORD.pack_into(self.log, self._last, kind, size)
-        else:
-            self._last, self._last_kind = len(self.log), kind
-            self.log += protocol.pack_record(kind, payload)
+        """Adds a record that does not count as output."""
+        self.log.append(kind, payload)
+        self._tell()
+
+    def output(self, kind: int, data: bytes) -> None:
+        """Adds what the program wrote, within the limit."""
+        self.log.output(kind, data)
+        self._tell()
+
+    def _tell(self) -> None:
         for follower in list(self.followers):
             follower.log_grew()
+
+    def _drops(self, start: int, end: int) -> None:
+        for follower in self.followers:
+            follower.log_drops(start, end)
 
 
 class Execs:
@@ -132,13 +144,17 @@ class Execs:
     def create(self, header: Dict[str, Any], stdin: bytes, session: Optional[Session] = None) -> Exec:
         """A new exec, whose time begins now, or for a call in a session with `begin`."""
         self._tags = (self._tags + 1) % 0x20000000
-        run = Exec(header, TAG_BASE + self._tags)
-        run.stdin = memoryview(stdin)
+        run = Exec(header, TAG_BASE + self._tags, stdin)
         self._by_id[run.id] = run
         run.session, run.waiting = session, session is not None
         if self._held_since is None and not run.waiting:
             self._arm(run)
         return run
+
+    def new_tag(self) -> int:
+        """A mark that no process carries."""
+        self._tags = (self._tags + 1) % 0x20000000
+        return TAG_BASE + self._tags
 
     def begin(self, run: Exec) -> None:
         """The turn of a call has come: from now on its deadline runs."""
@@ -201,11 +217,15 @@ class Execs:
             run.deadline = self._loop.call_later(run.left_s, lambda: self.kill(run, "timeout"))
 
     def open_pipes(self, run: Exec, with_error: bool) -> List[int]:
-        """Pipes for stdin, stdout, stderr (and the error channel); returns the child's ends, to be closed."""
+        """Pipes for stdin, stdout, stderr (and the error channel), or a terminal for the first three; returns
+        the child's ends, to be closed. Raises OSError."""
+        if run.pty_size is not None:
+            return self._open_terminal(run)
         theirs: List[int] = []
-        if run.stdin.nbytes:
-            reader, run.stdin_fd = os.pipe()
-            os.set_blocking(run.stdin_fd, False)
+        if run.stdin.wanted:
+            reader, writer = os.pipe()
+            os.set_blocking(writer, False)
+            run.stdin.own(writer)
             theirs.append(reader)
         else:
             theirs.append(os.open("/dev/null", os.O_RDONLY))
@@ -217,13 +237,22 @@ class Execs:
             theirs.append(writer)
         return theirs
 
+    def _open_terminal(self, run: Exec) -> List[int]:
+        assert run.pty_size is not None
+        master, run.terminal = open_terminal(self._tenant.user(run.user).uid, run.pty_size)
+        run.outputs[master] = protocol.RECORD_STDOUT
+        run.stdin.own(os.dup(master), is_terminal=True)
+        return [run.terminal.duplicate() for _ in range(3)]
+
     def started(self, run: Exec, pid: int) -> None:
         """The process exists: from here on it is read and fed and, at the end, swept."""
         run.pid = pid
         for fd in run.outputs:
             self._loop.set_reader(fd, self._reader(run, fd))
-        if run.stdin_fd is not None:
-            self._loop.set_writer(run.stdin_fd, lambda: self._feed(run))
+        run.stdin.start(self._loop)
+        for number in run.early_signals:
+            self.signal(run, number)
+        run.early_signals = []
 
     def exited(self, run: Exec, status: int, cpu_ms: float, max_rss_kb: int) -> None:
         """The main process has ended: whatever it left behind ends with it."""
@@ -246,17 +275,23 @@ class Execs:
             _kill(run.pid, signal.SIGKILL)
         self._end(run)
 
-    def signal(self, run: Exec, number: int) -> None:
-        """Sends a signal to the exec's process group; SIGKILL ends everything it started."""
+    def signal(self, run: Exec, number: int) -> bool:
+        """Sends a signal to the exec's process group; SIGKILL ends everything it started. False when it came
+        too late."""
+        if run.finished or run.ending:
+            return False
         if run.session is not None:
-            run.session.signal_call(run, number)
-        elif number == signal.SIGKILL:
+            return run.session.signal_call(run, number)
+        if number == signal.SIGKILL:
             self.kill(run, "killed")
-        elif run.pid is not None and not run.main_exited:
+        elif run.pid is None:
+            run.early_signals = [*run.early_signals, number][-_MAX_EARLY_SIGNALS:]
+        else:
             try:
                 os.killpg(run.pid, number)
             except ProcessLookupError:
-                _kill(run.pid, number)
+                return _kill(run.pid, number)
+        return True
 
     def _end(self, run: Exec) -> None:
         if run.ending:
@@ -281,9 +316,11 @@ class Execs:
 
     def drain(self, run: Exec) -> None:
         """Moves what the pipes hold at this moment into the log."""
+        if run.terminal is not None:
+            run.terminal.close()
         for fd in list(run.outputs):
-            left = _waiting_bytes(fd)
-            while left > 0:
+            left = _waiting_bytes(fd) if run.terminal is None else _MAX_IN_TERMINAL
+            while left > 0 and fd in run.outputs:
                 size = self._read(run, fd)
                 left = left - size if size else 0
 
@@ -306,7 +343,6 @@ class Execs:
     def add_result(self, run: Exec, payload: bytes) -> None:
         """Adds a rich result of a call, behind what the call had written when it came."""
         self.drain(run)
-        run.result_size += protocol.RECORD.size + len(payload)
         run.append(protocol.RECORD_RESULT, payload)
 
     def _outcome(self, run: Exec) -> Dict[str, Any]:
@@ -343,6 +379,10 @@ class Execs:
                 part = os.read(fd, _READ_SIZE)
             except BlockingIOError:
                 break
+            except OSError as error:
+                if error.errno != errno.EIO:
+                    raise
+                part = b""  # how the end of a terminal reads
             if not part:
                 self._loop.forget(fd)
                 os.close(fd)
@@ -354,49 +394,30 @@ class Execs:
         if not data:
             return 0
         if kind == protocol.RECORD_ERROR:
-            run.error += data[: _MAX_ERROR - len(run.error)]
+            run.error += data[: protocol.MAX_ERROR - len(run.error)]
         else:
             self._log(run, kind, data)
         return len(data)
 
     def _log(self, run: Exec, kind: int, data: bytes) -> None:
-        room = run.output_limit + run.result_size - len(run.log)
-        if room > 0 and not run.truncated:
-            run.append(kind, data[:room])
-        if len(data) <= room and not run.truncated:
-            return
-        if not run.truncated:
+        if not run.truncated and not run.log.has_room(len(data)):
             run.truncated = True
             if run.spool_limit:
                 run.spool = Spool.open(run.id, self._tenant, run.spool_limit)
                 if run.spool is not None:
-                    run.spool.replay(run.log)
-            data = data[max(0, room) :]
+                    run.spool.replay(run.log.read(0, len(run.log)))
         if run.spool is not None:
             run.spool.write(kind, data)
-
-    def _feed(self, run: Exec) -> None:
-        assert run.stdin_fd is not None
-        try:
-            written = os.write(run.stdin_fd, run.stdin[:_READ_SIZE])
-            run.stdin = run.stdin[written:]
-        except BlockingIOError:
-            return
-        except OSError as error:
-            if error.errno != errno.EPIPE:
-                raise
-            run.stdin = memoryview(b"")
-        if not run.stdin.nbytes:
-            self._loop.forget(run.stdin_fd)
-            os.close(run.stdin_fd)
-            run.stdin_fd = None
+        run.output(kind, data)
 
     def _close_pipes(self, run: Exec) -> None:
-        for fd in list(run.outputs) + ([] if run.stdin_fd is None else [run.stdin_fd]):
+        for fd in list(run.outputs):
             self._loop.forget(fd)
             os.close(fd)
         run.outputs.clear()
-        run.stdin_fd = None
+        run.stdin.close()
+        if run.terminal is not None:
+            run.terminal.close()
         if run.spool is not None:
             run.spool.close()
 
@@ -442,8 +463,9 @@ def _waiting_bytes(fd: int) -> int:
     return count[0]
 
 
-def _kill(pid: int, number: int) -> None:
+def _kill(pid: int, number: int) -> bool:
     try:
         os.kill(pid, number)
     except ProcessLookupError:
-        return
+        return False
+    return True

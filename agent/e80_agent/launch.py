@@ -11,6 +11,8 @@ import sys
 from _socket import AF_UNIX, SOCK_SEQPACKET, socketpair
 
 HOME = "/home/user"
+# `nobody` has no folder of its own, only the one that is everybody's.
+NOBODY_HOME = "/tmp"
 
 # The first entry of the path would be the working directory: it is taken away before anything is imported.
 _START = (
@@ -30,6 +32,12 @@ def base_environment(image_env: dict[str, str]) -> dict[str, str]:
     local = HOME + "/.local/bin"
     env["PATH"] = path if local in path.split(":") else local + ":" + path
     return env
+
+
+def nobody_environment(base_env: dict[str, str]) -> dict[str, str]:
+    """What is different for the user `nobody`; the programs that `user` has installed are not for it."""
+    path = [entry for entry in base_env["PATH"].split(":") if not entry.startswith(HOME + "/")]
+    return {"HOME": NOBODY_HOME, "USER": "nobody", "LOGNAME": "nobody", "PATH": ":".join(path)}
 
 
 def launch(preload: list[str], extra_env: dict[str, str], tenant_env: dict[str, str]) -> tuple[int, int]:

@@ -5,6 +5,7 @@ The daemon may vanish and come back at any moment. Execs do not notice; the link
 
 from __future__ import annotations
 
+import json
 import socket
 import time
 from typing import Any, Callable, Dict, Optional, Set
@@ -35,6 +36,7 @@ class Connection:
         self._proved = False
         self._follows: Optional[Exec] = None
         self._offset = 0
+        self._missed = 0
         self._eager = True
         self.idle = False
         self._timer: Optional[Timer] = None
@@ -73,12 +75,15 @@ class Connection:
     def follow(self, run: Exec, offset: int, eager: bool, resumed: bool = False) -> None:
         """Answers with the exec's log from `offset` on, until its last record. Not eager means: in as few
         writes as possible, because nobody looks at the output before the end."""
-        reply: Dict[str, Any] = {"ok": True, "size": len(run.log), "finished": run.finished}
+        reply: Dict[str, Any] = {"ok": True, "size": run.log.end, "finished": run.finished}
+        if run.log.base:
+            reply.update(base=run.log.base, dropped=run.log.dropped)
         if resumed:
             reply.update(resumed=True, age_s=round(time.monotonic() - run.created, 3))
         self._output += protocol.pack_header(reply)
         self._follows = run
-        self._offset = offset
+        self._offset = max(offset, run.log.base)
+        self._missed = 0
         self._eager = eager
         run.followers.append(self)
         self.log_grew()
@@ -86,8 +91,19 @@ class Connection:
     def log_grew(self) -> None:
         run = self._follows
         assert run is not None
-        if self._eager or run.finished or len(run.log) - self._offset > _EAGER_BYTES:
+        if self._eager or run.finished or run.log.end - self._offset > _EAGER_BYTES:
             self._writable()
+
+    def log_drops(self, start: int, end: int) -> None:
+        """A follower that is too slow for a log that keeps the newest output: what it has begun to send it
+        sends to its end, and goes on where the log then begins, once there is room again."""
+        run = self._follows
+        assert run is not None
+        if self._offset <= start:
+            self._missed += end - start - protocol.RECORD.size
+        elif self._offset < end:
+            self._output += run.log.read(self._offset, end - self._offset)
+            self._offset = end
 
     def _readable(self) -> None:
         try:
@@ -160,11 +176,13 @@ class Connection:
         """Sends what is due; a reader that is slow costs a copy of at most _SEND_SIZE and delays nobody."""
         run = self._follows
         while True:
-            if run is not None and len(self._output) < _SEND_SIZE and self._offset < len(run.log):
-                chunk = run.log[self._offset : self._offset + _SEND_SIZE]
+            if run is not None and len(self._output) < _SEND_SIZE and self._offset < run.log.end:
+                if self._offset < run.log.base:
+                    self._skip(run)
+                chunk = run.log.read(self._offset, _SEND_SIZE)
                 self._output += chunk
                 self._offset += len(chunk)
-                run.sent = max(run.sent, self._offset)
+                run.log.sent = max(run.log.sent, self._offset)
             if not self._output:
                 break
             try:
@@ -177,9 +195,14 @@ class Connection:
                 return
             del self._output[:sent]
         self._loop.set_writer(self.sock.fileno(), None)
-        if run is not None and run.finished and self._offset >= len(run.log):
+        if run is not None and run.finished and self._offset >= run.log.end:
             self._unfollow()
             self._next_request()
+
+    def _skip(self, run: Exec) -> None:
+        gap = {"base": run.log.base, "missed": self._missed}
+        self._output += protocol.pack_record(protocol.RECORD_GAP, json.dumps(gap).encode())
+        self._offset, self._missed = run.log.base, 0
 
     def _unfollow(self) -> None:
         assert self._follows is not None

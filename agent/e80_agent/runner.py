@@ -62,7 +62,8 @@ def child(sock: socket.socket) -> None:
     os.setsid()
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Until there is code to interrupt, it ends the process; the parent ignores it.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.umask(0o022)
     tenant.offer_to_oom_killer()
     prefix, fds = receive_fds(sock, REQUEST.size, 4)
@@ -121,6 +122,7 @@ def _become_tenant(header: Dict[str, Any]) -> None:
 
 def _set_up_python(header: Dict[str, Any]) -> None:
     """What a new interpreter would have done by itself, had it been started here."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(header["env"])
     user_site = os.path.join(
         os.environ.get("HOME", tenant.HOME),

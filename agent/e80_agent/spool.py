@@ -50,14 +50,14 @@ class Spool:
             return None
         return cls(directory, dict(zip(_NAMES, fds)), limit)
 
-    def replay(self, log: bytearray) -> None:
+    def replay(self, log: bytes) -> None:
         """Writes what the log already holds, so that the files start at the beginning."""
         at = 0
         while at < len(log):
             kind, length = struct.unpack_from(">BI", log, at)
             at += protocol.RECORD.size
             if kind in _NAMES:
-                self.write(kind, bytes(log[at : at + length]))
+                self.write(kind, log[at : at + length])
             at += length
 
     def write(self, kind: int, data: bytes) -> None:

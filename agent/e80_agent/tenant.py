@@ -6,7 +6,7 @@ import fcntl
 import os
 import resource
 import signal
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, NamedTuple, Optional
 
 from e80_agent import launch
 
@@ -18,18 +18,63 @@ TAG_BASE = 0x40000000
 
 _NICE = 19
 
+_TOUCHED_SIGNALS = (
+    signal.SIGCHLD,
+    signal.SIGPIPE,
+    signal.SIGXFSZ,
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGHUP,
+)
+
+
+USERS = ("user", "nobody")
+
+
+def check_user(name: Any) -> str:
+    """Raises ValueError when there is no user of that name."""
+    if name not in USERS:
+        raise ValueError("user %r" % (name,))
+    return str(name)
+
+
+class User(NamedTuple):
+    """A user that tenant code can run as. `env` is what sets its environment apart from that of `user`."""
+
+    name: str
+    uid: int
+    gid: int
+    max_processes: int
+    env: Dict[str, str]
+
 
 class Tenant:
-    """Who tenant code runs as in this sandbox."""
+    """Who tenant code runs as in this sandbox: `user`, whose ids stand here, or `nobody`, which shares /tmp
+    with it and nothing else."""
 
     def __init__(self, config: Dict[str, Any], base_env: Dict[str, str]) -> None:
         self.uid: int = config["uid"]
         self.gid: int = config["gid"]
         self.max_processes: int = config["max_processes"]
+        self.nobody_uid: int = config["nobody_uid"]
         self.base_env = base_env
+        self._users = {
+            "user": User("user", self.uid, self.gid, self.max_processes, {}),
+            "nobody": User(
+                "nobody",
+                self.nobody_uid,
+                self.nobody_uid,
+                config["nobody_max_processes"],
+                launch.nobody_environment(base_env),
+            ),
+        }
 
-    def environment(self, extra: Dict[str, str]) -> Dict[str, str]:
+    def user(self, name: str) -> User:
+        return self._users[name]
+
+    def environment(self, extra: Dict[str, str], name: str = "user") -> Dict[str, str]:
         env = dict(self.base_env)
+        env.update(self.user(name).env)
         env.update(extra)
         return env
 
@@ -38,7 +83,7 @@ def become(uid: int, gid: int, tag: Optional[int], max_processes: int) -> None:
     """Gives up root for good: groups, limits, uid. The order matters, each step needs the ones before."""
     os.setgroups([] if tag is None else [tag])
     os.setresgid(gid, gid, gid)
-    # Counted per uid and the uid is this sandbox's own: it keeps the agent room to fork under a fork bomb.
+    # Counted per uid and the uid is this user's own: it keeps the agent room to fork under a fork bomb.
     resource.setrlimit(resource.RLIMIT_NPROC, (max_processes, max_processes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # Within the sandbox only: the agent and its parents are scheduled first, however many tenants spin.
@@ -72,7 +117,7 @@ def offer_to_oom_killer() -> None:
 def default_signals() -> None:
     """What a program expects at its start; Python ignores SIGPIPE and SIGXFSZ and we watch SIGCHLD."""
     signal.set_wakeup_fd(-1)
-    for number in (signal.SIGCHLD, signal.SIGPIPE, signal.SIGXFSZ, signal.SIGTERM, signal.SIGINT):
+    for number in _TOUCHED_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
 
 

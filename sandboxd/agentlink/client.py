@@ -32,6 +32,8 @@ from sandboxd.kit.streams import Stream
 
 REATTACH_TIMEOUT_S = 10.0
 STDIN_TIMEOUT_S = 15.0
+# What an agent takes at once.
+MAX_STDIN = 256 * 1024
 MAX_LOSSES = 5
 # The agent ends an exec at its deadline; one that is this late has an agent that does not work any more.
 OVERTIME_S = 30.0
@@ -134,12 +136,14 @@ class Agent:
         return (await self._call(header, CALL_TIMEOUT_S)).get("delivered") is True
 
     async def stdin(self, exec_id: str, data: bytes, offset: int | None, close: bool) -> tuple[int, bool]:
-        """Hands on input to an exec whose stdin is open, as much as there is room for: waits up to 5 s for
-        some. Of `data`, which begins at `offset` of all input, what came before is left out; None means that
-        it follows on what came. Returns how much input the exec has been given in all, and whether its stdin
-        is still open: `close` closes it once all of `data` was taken."""
-        header = {"op": "stdin", "id": exec_id, "offset": offset, "close": close, "body": len(data)}
-        reply = await call(self._dial, header, STDIN_TIMEOUT_S, data)
+        """Hands on input to an exec whose stdin is open, as much as there is room for, 256 KiB at most: waits
+        up to 5 s for some. Of `data`, which begins at `offset` of all input, what came before is left out;
+        None means that it follows on what came. Returns how much input the exec has been given in all, and
+        whether its stdin is still open: `close` closes it once all of `data` was taken."""
+        piece = data[:MAX_STDIN]
+        close = close and len(piece) == len(data)
+        header = {"op": "stdin", "id": exec_id, "offset": offset, "close": close, "body": len(piece)}
+        reply = await call(self._dial, header, STDIN_TIMEOUT_S, piece)
         return count(reply, "size"), reply.get("open") is True
 
     async def resize(self, exec_id: str, rows: int, cols: int) -> None:

@@ -40,6 +40,16 @@ class SandboxSpec:
     # Whether it is to give way to those that are used: for sandboxes that wait in the pool.
     background: bool = False
 
+    @property
+    def nobody_uid(self) -> int:
+        """The host uid of the sandbox's second user. Slots, and so first uids, end at 60000."""
+        return self.uid + 60000
+
+    @property
+    def nobody_processes(self) -> int:
+        """What its second user may start, on top of `max_processes`."""
+        return max(16, self.max_processes // 4)
+
 
 @dataclass(frozen=True, slots=True)
 class Observation:

@@ -6,7 +6,7 @@ from typing import Any, Dict
 
 from e80_agent.agent import Agent
 from e80_agent.link import Connection
-from e80_agent.ops import attach, command, files, hello, python, signals, timers, warm
+from e80_agent.ops import attach, command, files, hello, python, resize, signals, stdin, timers, warm
 
 OPERATIONS = {
     "hello": hello.hello,
@@ -14,6 +14,8 @@ OPERATIONS = {
     "command": command.run_command,
     "attach": attach.attach,
     "signal": signals.send_signal,
+    "stdin": stdin.write_stdin,
+    "resize": resize.resize,
     "warm": warm.warm,
     "timers": timers.timers,
     "read_file": files.read_file,

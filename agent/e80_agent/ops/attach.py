@@ -9,12 +9,15 @@ from e80_agent.link import Connection
 
 
 def attach(agent: Agent, connection: Connection, header: Dict[str, Any], _body: bytes) -> None:
-    """Header: id, offset (bytes of the log already received). Unknown ids are an error: never run again."""
+    """Header: id, offset (bytes of the log already received). Unknown ids are an error: never run again.
+
+    A log that keeps the newest output may begin later: then the answer has `base`, where it begins, and
+    `dropped`, how much output there was before."""
     run = agent.execs.get(header["id"])
     if run is None:
         connection.fail("unknown_exec", "no exec %s here" % header["id"])
         return
     offset = int(header.get("offset", 0))
-    if not 0 <= offset <= len(run.log):
-        raise ValueError("offset %d of %d" % (offset, len(run.log)))
+    if not 0 <= offset <= run.log.end:
+        raise ValueError("offset %d of %d" % (offset, run.log.end))
     connection.follow(run, offset, eager=True)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
 from typing import Any, Dict, List, Optional
 
 from e80_agent import tenant
 from e80_agent.agent import Agent
-from e80_agent.execs import MAX_RUNNING, Exec
+from e80_agent.execs import MAX_RUNNING, Exec, Session
 from e80_agent.link import Connection
+from e80_agent.terminal import take_as_controlling
+
+DEFAULT_TERM = "xterm-256color"
 
 _START_ERRORS = {
     errno.ENOENT: "command_not_found",
@@ -19,18 +23,30 @@ _START_ERRORS = {
     errno.ENOEXEC: "command_not_executable",
 }
 
+_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
 
 def run_command(agent: Agent, connection: Connection, header: Dict[str, Any], body: bytes) -> None:
     """Header: id, argv, env, cwd, timeout_s, output_limit, spool_limit, stream; with a key fingerprint and
-    resume, too. Body: stdin. Answers with the exec's log, or why the program cannot be started."""
+    resume, too. Optional: user, stdin_open, pty (rows, cols), ring. Body: stdin. Answers with the exec's log,
+    or why the program cannot be started."""
     run = admit(agent, connection, header, body)
     if run is None:
         return
     theirs = pipes(agent, run, with_error=False)
-    start(agent, connection, run, header["argv"], agent.tenant.environment(header["env"]), header, theirs)
+    env = agent.tenant.environment(header["env"], run.user)
+    if run.pty_size is not None:
+        env.setdefault("TERM", DEFAULT_TERM)
+    start(agent, connection, run, header["argv"], env, header, theirs)
 
 
-def admit(agent: Agent, connection: Connection, header: Dict[str, Any], stdin: bytes) -> Optional[Exec]:
+def admit(
+    agent: Agent,
+    connection: Connection,
+    header: Dict[str, Any],
+    stdin: bytes,
+    session: Optional[Session] = None,
+) -> Optional[Exec]:
     """A new exec under the id the daemon gave it, or None after the answer: a refusal or, when this is the
     repetition of a request that came before, the log of what that one started."""
     known = agent.execs.get(header["id"])
@@ -46,7 +62,7 @@ def admit(agent: Agent, connection: Connection, header: Dict[str, Any], stdin: b
     if agent.execs.running() >= MAX_RUNNING:
         connection.fail("busy", "%d execs are running, the limit" % MAX_RUNNING)
         return None
-    return agent.execs.create(header, stdin)
+    return agent.execs.create(header, stdin, session)
 
 
 def _resume(connection: Connection, header: Dict[str, Any], known: Exec) -> None:
@@ -81,6 +97,8 @@ def start(
     A program that cannot be started shows when the fork has ended: nothing here waits for a process that
     is already the tenant, for another one of the same uid could have stopped it."""
     failed_r, failed_w = os.pipe()
+    # A signal to the new exec must not be met by our own handlers, which the child has until it sheds them.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
     try:
         pid = os.fork()
         if pid == 0:
@@ -90,6 +108,7 @@ def start(
         os.close(failed_r)
         raise
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         for fd in [*theirs, failed_w]:
             os.close(fd)
 
@@ -112,10 +131,14 @@ def _become_program(
     try:
         os.setsid()
         tenant.default_signals()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
         tenant.keep_only(descriptors)
         os.set_inheritable(failed, False)
+        if run.pty_size is not None:
+            take_as_controlling(0)
         tenant.offer_to_oom_killer()
-        tenant.become(agent.tenant.uid, agent.tenant.gid, run.tag, agent.tenant.max_processes)
+        user = agent.tenant.user(run.user)
+        tenant.become(user.uid, user.gid, run.tag, user.max_processes)
         os.umask(0o022)
         step = "cwd"
         os.chdir(cwd)

@@ -19,7 +19,10 @@ _SEND_S = 5.0
 
 def run_python(agent: Agent, connection: Connection, header: Dict[str, Any], body: bytes) -> None:
     """Header: id, code_size, env, cwd, timeout_s, output_limit, spool_limit, stream, fresh; with a key
-    fingerprint and resume, too. Body: the code (code_size bytes), then stdin. Answers with the exec's log."""
+    fingerprint and resume, too. Optional: user, stdin_open, ring. Body: the code (code_size bytes), then
+    stdin. Answers with the exec's log."""
+    if header.get("pty") is not None:
+        raise ValueError("a terminal is for commands")
     run = command.admit(agent, connection, header, body[header["code_size"] :])
     if run is None:
         return
@@ -62,13 +65,14 @@ def _hand_over(
     code: bytes,
     theirs: List[int],
 ) -> None:
+    user = agent.tenant.user(run.user)
     request = runner.pack_request(
         {
-            "uid": agent.tenant.uid,
-            "gid": agent.tenant.gid,
+            "uid": user.uid,
+            "gid": user.gid,
             "tag": run.tag,
-            "max_processes": agent.tenant.max_processes,
-            "env": header["env"],
+            "max_processes": user.max_processes,
+            "env": dict(user.env, **header["env"]) if user.env else header["env"],
             "cwd": header["cwd"],
         },
         code,
@@ -113,7 +117,7 @@ def _run_fresh(agent: Agent, connection: Connection, header: Dict[str, Any], run
         connection,
         run,
         argv,
-        tenant_env(agent.tenant.environment(header["env"])),
+        tenant_env(agent.tenant.environment(header["env"], run.user)),
         header,
         theirs + [code_fd],
     )

@@ -10,11 +10,13 @@ from e80_agent.link import Connection
 
 
 def send_signal(agent: Agent, connection: Connection, header: Dict[str, Any], _body: bytes) -> None:
-    """Header: id, signal (number). A finished exec is no error: the signal came too late."""
-    number = signal.Signals(header["signal"])
+    """Header: id, signal (number). Answers {delivered}: for an exec that has ended it came too late, which
+    is no error."""
+    number = int(header["signal"])
+    if not 1 <= number < signal.NSIG:
+        raise ValueError("signal %d" % number)
     run = agent.execs.get(header["id"])
     if run is None:
         connection.fail("unknown_exec", "no exec %s here" % header["id"])
         return
-    agent.execs.signal(run, number)
-    connection.reply({"ok": True, "finished": run.finished})
+    connection.reply({"ok": True, "delivered": agent.execs.signal(run, number)})

@@ -126,7 +126,8 @@ def container_config(
             "MemorySwap": spec.memory_mb * 1024 * 1024,
             # When the host is out of memory, anything in a sandbox goes before any process of the host's.
             "OomScoreAdj": 500,
-            "PidsLimit": (spec.max_processes + AGENT_PROCESSES) * _HOST_THREADS.get(spec.runtime, 1),
+            "PidsLimit": (spec.max_processes + spec.nobody_processes + AGENT_PROCESSES)
+            * _HOST_THREADS.get(spec.runtime, 1),
             "Ulimits": [
                 {"Name": "nofile", "Soft": 4096, "Hard": 4096},
                 {"Name": "core", "Soft": 0, "Hard": 0},
@@ -154,17 +155,18 @@ def cpu_quota_us(cpus: float) -> int:
     return int(cpus * CPU_PERIOD_US)
 
 
-def passwd(uid: int) -> str:
-    """Names for the ids that programs look up; the tenant's is this sandbox's own."""
+def passwd(spec: SandboxSpec) -> str:
+    """Names for the ids that programs look up; those of the two users are this sandbox's own."""
+    uid, nobody = spec.uid, spec.nobody_uid
     return (
         "root:x:0:0:root:/root:/usr/sbin/nologin\n"
-        "nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n"
         f"user:x:{uid}:{uid}:user:/home/user:/bin/bash\n"
+        f"nobody:x:{nobody}:{nobody}:nobody:/tmp:/bin/bash\n"
     )
 
 
-def group(gid: int) -> str:
-    return f"root:x:0:\ntty:x:5:\nnogroup:x:65534:\nuser:x:{gid}:\n"
+def group(spec: SandboxSpec) -> str:
+    return f"root:x:0:\ntty:x:5:\nnogroup:x:65534:\nuser:x:{spec.uid}:\nnobody:x:{spec.nobody_uid}:\n"
 
 
 def _bind(source: str, target: str, *, read_only: bool) -> dict[str, Any]:

@@ -167,10 +167,10 @@ class DockerRuntime:
         if not (folder / "config.json").exists():
             folder.mkdir(mode=0o711, exist_ok=True)
             folder.chmod(0o711)
-            for name, text in (("passwd", container.passwd(spec.uid)), ("group", container.group(spec.uid))):
+            for name, text in (("passwd", container.passwd(spec)), ("group", container.group(spec))):
                 (folder / name).write_text(text)
                 (folder / name).chmod(0o644)
-            write_config(folder, spec.uid, spec.max_processes)
+            write_config(folder, spec)
         return folder
 
     def _pin(self, held: _Held, handle: Handle) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 import structlog
 from e80_agent import protocol
 
+from sandboxd.runtimes.base import SandboxSpec
 from sandboxd.runtimes.errors import AgentUnreachableError
 
 log = structlog.get_logger(__name__)
@@ -250,9 +251,16 @@ def _usable(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
     return not reader.at_eof() and not writer.is_closing()
 
 
-def write_config(folder: Path, uid: int, max_processes: int) -> None:
+def write_config(folder: Path, spec: SandboxSpec) -> None:
     """The agent's configuration with a new key, readable by root only: the tenant sees the folder."""
-    config = {"key": secrets.token_hex(32), "uid": uid, "gid": uid, "max_processes": max_processes}
+    config = {
+        "key": secrets.token_hex(32),
+        "uid": spec.uid,
+        "gid": spec.uid,
+        "max_processes": spec.max_processes,
+        "nobody_uid": spec.nobody_uid,
+        "nobody_max_processes": spec.nobody_processes,
+    }
     fd = os.open(folder / "config.json", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o400)
     with os.fdopen(fd, "w") as file:
         json.dump(config, file)

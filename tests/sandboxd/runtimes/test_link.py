@@ -8,13 +8,29 @@ from pathlib import Path
 import pytest
 from e80_agent import protocol
 
+from sandboxd.runtimes.base import SandboxSpec
 from sandboxd.runtimes.docker.link import Link, write_config
 from sandboxd.runtimes.errors import AgentUnreachableError
 
 
+def spec(uid: int) -> SandboxSpec:
+    return SandboxSpec(
+        id="sbx_test",
+        project_id=None,
+        image="image",
+        cpus=1,
+        memory_mb=64,
+        disk_mb=64,
+        max_files=1024,
+        max_processes=64,
+        uid=uid,
+        runtime="runc",
+    )
+
+
 @pytest.fixture
 async def link(tmp_path: Path) -> AsyncIterator[Link]:
-    write_config(tmp_path, 200_000, 64)
+    write_config(tmp_path, spec(200_000))
     listener = Link("sbx_test", tmp_path, None)
     await listener.open()
     yield listener
@@ -106,7 +122,7 @@ async def test_a_proof_counts_for_its_connection_and_role_only(link):
 async def test_the_key_of_another_sandbox_opens_nothing(link, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
-    write_config(other, 200_001, 64)
+    write_config(other, spec(200_001))
     neighbour = Link("sbx_other", other, None)
     await neighbour.open()
     async with Peer(link) as peer:
@@ -184,7 +200,7 @@ async def test_closing_tells_those_who_wait(link):
 
 
 def test_key_and_socket_are_for_root_only(tmp_path):
-    write_config(tmp_path, 200_000, 64)
+    write_config(tmp_path, spec(200_000))
     assert (tmp_path / "config.json").stat().st_mode & 0o777 == 0o400
 
     async def check() -> None:
@@ -197,7 +213,7 @@ def test_key_and_socket_are_for_root_only(tmp_path):
 
 
 async def test_what_lies_where_the_socket_should_be_is_replaced_not_followed(tmp_path):
-    write_config(tmp_path, 200_000, 64)
+    write_config(tmp_path, spec(200_000))
     victim = tmp_path / "victim.sock"
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(victim))
