@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from e80_sdk.app import Eighty80App, eighty80_app
     from e80_sdk.client import AsyncEighty80, Eighty80
+    from e80_sdk.contexts import AsyncContext, Context
     from e80_sdk.errors import (
         AuthenticationError,
+        BadArchiveError,
         BadRequestError,
         ConfigError,
         ConflictError,
         ConnectionFailedError,
         ConnectionLostError,
+        ContextLostError,
         DiskFullError,
         E80Error,
         ExecResultGoneError,
@@ -34,13 +37,27 @@ if TYPE_CHECKING:
         SandboxNotRunningError,
         SandboxPausedError,
         ServerError,
+        StdinClosedError,
+        StdinFullError,
         TooLargeError,
         ToolArgumentError,
         UnavailableError,
         UnexpectedResponseError,
     )
+    from e80_sdk.files import AsyncFiles, Files
+    from e80_sdk.mime import Result
     from e80_sdk.pending import Pending
-    from e80_sdk.records import AuditEntry, ExecInfo, SandboxEvent, Usage, UsageRow
+    from e80_sdk.processes import AsyncProcess, Process
+    from e80_sdk.records import (
+        AuditEntry,
+        ContextInfo,
+        ExecInfo,
+        FileChange,
+        FileEntry,
+        SandboxEvent,
+        Usage,
+        UsageRow,
+    )
     from e80_sdk.results import ExecChunk, ExecError, ExecResult, SandboxInfo
     from e80_sdk.sandbox import AsyncSandbox, Sandbox
     from e80_sdk.streams import ExecStream
@@ -48,13 +65,16 @@ if TYPE_CHECKING:
 _HOMES = {
     "e80_sdk.app": ("Eighty80App", "eighty80_app"),
     "e80_sdk.client": ("AsyncEighty80", "Eighty80"),
+    "e80_sdk.contexts": ("AsyncContext", "Context"),
     "e80_sdk.errors": (
         "AuthenticationError",
+        "BadArchiveError",
         "BadRequestError",
         "ConfigError",
         "ConflictError",
         "ConnectionFailedError",
         "ConnectionLostError",
+        "ContextLostError",
         "DiskFullError",
         "E80Error",
         "ExecResultGoneError",
@@ -70,13 +90,27 @@ _HOMES = {
         "SandboxNotRunningError",
         "SandboxPausedError",
         "ServerError",
+        "StdinClosedError",
+        "StdinFullError",
         "ToolArgumentError",
         "TooLargeError",
         "UnavailableError",
         "UnexpectedResponseError",
     ),
+    "e80_sdk.files": ("AsyncFiles", "Files"),
+    "e80_sdk.mime": ("Result",),
     "e80_sdk.pending": ("Pending",),
-    "e80_sdk.records": ("AuditEntry", "ExecInfo", "SandboxEvent", "Usage", "UsageRow"),
+    "e80_sdk.processes": ("AsyncProcess", "Process"),
+    "e80_sdk.records": (
+        "AuditEntry",
+        "ContextInfo",
+        "ExecInfo",
+        "FileChange",
+        "FileEntry",
+        "SandboxEvent",
+        "Usage",
+        "UsageRow",
+    ),
     "e80_sdk.results": ("ExecChunk", "ExecError", "ExecResult", "SandboxInfo"),
     "e80_sdk.sandbox": ("AsyncSandbox", "Sandbox"),
     "e80_sdk.streams": ("ExecStream",),
@@ -84,15 +118,22 @@ _HOMES = {
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "AsyncContext",
     "AsyncEighty80",
+    "AsyncFiles",
+    "AsyncProcess",
     "AsyncSandbox",
     "AuditEntry",
     "AuthenticationError",
+    "BadArchiveError",
     "BadRequestError",
     "ConfigError",
     "ConflictError",
     "ConnectionFailedError",
     "ConnectionLostError",
+    "Context",
+    "ContextInfo",
+    "ContextLostError",
     "DiskFullError",
     "E80Error",
     "Eighty80",
@@ -103,6 +144,9 @@ __all__ = [
     "ExecResult",
     "ExecResultGoneError",
     "ExecStream",
+    "FileChange",
+    "FileEntry",
+    "Files",
     "IdempotencyConflictError",
     "IdempotencyReplayedError",
     "NotAwaitedError",
@@ -110,15 +154,19 @@ __all__ = [
     "NotLoggedInError",
     "Pending",
     "PermissionDeniedError",
+    "Process",
     "QuotaExceededError",
     "RateLimitError",
     "RequestTimeoutError",
+    "Result",
     "Sandbox",
     "SandboxEvent",
     "SandboxInfo",
     "SandboxNotRunningError",
     "SandboxPausedError",
     "ServerError",
+    "StdinClosedError",
+    "StdinFullError",
     "TooLargeError",
     "ToolArgumentError",
     "UnavailableError",

@@ -1,4 +1,4 @@
-"""The asynchronous core: one coroutine per operation on sandboxes and their files. Every face of the SDK and
+"""The asynchronous core: one coroutine per operation on sandboxes. Every face of the SDK and
 the CLI stands on it."""
 
 from __future__ import annotations
@@ -6,25 +6,24 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
+from e80_sdk.context_api import ContextApi
 from e80_sdk.errors import E80Error, ServerError
 from e80_sdk.execs import ExecApi
+from e80_sdk.file_api import FileApi
 from e80_sdk.history import HistoryApi
 from e80_sdk.options import SandboxChanges, SandboxOptions, changes_body, sandbox_body
 from e80_sdk.paging import pages
 from e80_sdk.paths import sandbox_path
 from e80_sdk.pending import undisturbed
 from e80_sdk.results import SandboxInfo
-from e80_sdk.transport import Content, Params, Request, Transport
+from e80_sdk.transport import Params, Request, Transport
 
 CREATE_TIMEOUT_S = 300.0
 """A cold create may have to fetch an image."""
 POLL_S = 0.2
 MOST_STILLBORN = 4
-FILE_TIMEOUT_S = 120.0
-"""The longest silence in a file transfer."""
 ABANDON_S = 15.0
 """How long a create that was cancelled is waited for, to stop its sandbox."""
 _log = logging.getLogger("e80_sdk")
@@ -35,12 +34,16 @@ class SandboxApi:
 
     Attributes:
         execs: Running programs, and what ran.
+        contexts: Stateful interpreters.
+        files: Files and folders.
         history: Events, usage, audit log.
     """
 
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
         self.execs = ExecApi(transport)
+        self.contexts = ContextApi(transport)
+        self.files = FileApi(transport)
         self.history = HistoryApi(transport)
 
     async def create(self, options: SandboxOptions) -> SandboxInfo:
@@ -133,42 +136,3 @@ class SandboxApi:
         return SandboxInfo.from_body(
             await self.transport.send(Request(method, path, body=body, idempotent=True))
         )
-
-    async def read_file(self, sandbox_id: str, path: str) -> bytes:
-        """The bytes of a file."""
-        async with self.open_file(sandbox_id, path) as (_, chunks):
-            return b"".join([chunk async for chunk in chunks])
-
-    @asynccontextmanager
-    async def open_file(
-        self, sandbox_id: str, path: str
-    ) -> AsyncGenerator[tuple[int | None, AsyncGenerator[bytes]]]:
-        """A file to be read in pieces: its size, where the server says it, and the pieces."""
-        request = Request(
-            "GET",
-            f"{sandbox_path(sandbox_id)}/files",
-            params={"path": path},
-            idempotent=True,
-            timeout_s=FILE_TIMEOUT_S,
-        )
-        async with self.transport.open(request) as response:
-            size = response.headers.get("content-length")
-            chunks = response.aiter_bytes()
-            async with aclosing(chunks):
-                yield (int(size) if size is not None and size.isdigit() else None), chunks
-
-    async def write_file(self, sandbox_id: str, path: str, content: Content) -> int:
-        """Write a file; returns its size. `content` may be a function that makes an async iterator of
-        bytes, anew each time it is called: the file is sent again when the connection breaks."""
-        answer = await self.transport.send(
-            Request(
-                "PUT",
-                f"{sandbox_path(sandbox_id)}/files",
-                params={"path": path},
-                content=content,
-                idempotent=True,
-                timeout_s=FILE_TIMEOUT_S,
-            )
-        )
-        size = answer.get("size")
-        return size if isinstance(size, int) else 0

@@ -135,6 +135,30 @@ class ExecResultGoneError(ConflictError):
     default_code = "exec_result_gone"
 
 
+class ContextLostError(ConflictError):
+    """409: the process of this context has ended and its state is gone; `restart()` gives it a new one."""
+
+    default_code = "context_lost"
+
+
+class StdinClosedError(ConflictError):
+    """409: the program's input is not open: it has ended, or was not started with `stdin_open` or `pty`."""
+
+    default_code = "stdin_closed"
+
+
+class StdinFullError(ConflictError):
+    """409: the program does not read its input; the message says how much of it was taken."""
+
+    default_code = "stdin_full"
+
+
+class BadArchiveError(E80Error):
+    """An archive is broken, cut short, or holds something that would land outside of its folder."""
+
+    default_code = "bad_archive"
+
+
 class DiskFullError(E80Error):
     """507: the sandbox's workspace is full."""
 
@@ -205,6 +229,10 @@ _BY_CODE: dict[str, type[E80Error]] = {
     "idempotency_conflict": IdempotencyConflictError,
     "idempotency_replayed": IdempotencyReplayedError,
     "exec_result_gone": ExecResultGoneError,
+    "context_lost": ContextLostError,
+    "stdin_closed": StdinClosedError,
+    "stdin_full": StdinFullError,
+    "bad_archive": BadArchiveError,
     "disk_full": DiskFullError,
     "quota_exceeded": QuotaExceededError,
     "too_many_sandboxes": QuotaExceededError,

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from datetime import datetime
 from typing import Literal
 
-from e80_sdk.errors import ConnectionLostError, RequestTimeoutError, UnexpectedResponseError
+from e80_sdk.errors import ConnectionLostError, UnexpectedResponseError
 from e80_sdk.paging import pages
 from e80_sdk.paths import checked_id
 from e80_sdk.records import AuditEntry, SandboxEvent, Usage
-from e80_sdk.retries import Failure
+from e80_sdk.retries import STREAM_SILENCE_S, Failure, silence_is_broken
 from e80_sdk.transport import Params, Request, Transport
 
 Moment = float | datetime
 """Unix seconds, or a datetime (one without a zone is local time)."""
 Bucket = Literal["hour", "day"]
 Order = Literal["asc", "desc"]
-FOLLOW_SILENCE_S = 60.0
-"""A stream of events that says nothing for so long, not even that it is alive, is opened anew."""
 _EVENTS = "/v1/events"
 
 
@@ -76,12 +75,12 @@ class HistoryApi:
             params={**params, "follow": "true"},
             idempotent=True,
             lasting=True,
-            timeout_s=FOLLOW_SILENCE_S,
+            timeout_s=STREAM_SILENCE_S,
         )
         call = self._transport.call(request)
         while True:
             if last is not None:
-                call.follow(after=last)
+                call.turn(replace(request, params={**params, "follow": "true", "after": last}))
             failure = None
             async with call.events() as events:
                 try:
@@ -93,7 +92,7 @@ class HistoryApi:
                         last = event.id
                         yield event
                 except Failure as caught:
-                    failure = _silence(caught)
+                    failure = silence_is_broken(caught)
             await call.again(failure or _ended())
 
     async def _newest(self) -> str | None:
@@ -135,13 +134,6 @@ def _event_in(body: dict[str, object]) -> SandboxEvent:
     if not isinstance(event, dict):
         raise UnexpectedResponseError("the stream of events holds something that is no event")
     return SandboxEvent.from_body(event)
-
-
-def _silence(failure: Failure) -> Failure:
-    """Silence is a broken connection here: a healthy stream says now and then that it is alive."""
-    if isinstance(failure.error, RequestTimeoutError):
-        return Failure(failure.error, resend=True, broken=True)
-    return failure
 
 
 def _ended() -> Failure:

@@ -8,9 +8,13 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
+from e80_sdk.mime import Result
 from e80_sdk.results import ExecChunk
 
 OnChunk = Callable[[ExecChunk], Awaitable[None] | None]
+OnResult = Callable[[Result], Awaitable[None] | None]
+Pty = bool | Mapping[str, Any]
+"""A terminal for a command: True, or its size, `{"rows": 40, "cols": 120}`."""
 
 
 class SandboxOptions(TypedDict, total=False):
@@ -44,22 +48,61 @@ class SandboxChanges(TypedDict, total=False):
     memory_size_mb: int
 
 
-class ExecOptions(TypedDict, total=False):
-    """Options of `run_python` and `run`."""
-
+class _Options(TypedDict, total=False):
     cwd: str
     env: Mapping[str, str]
     stdin: str
-    timeout_s: float
-    on_stdout: OnChunk
-    on_stderr: OnChunk
+    user: str
     idempotency_key: str
 
 
+class ExecOptions(_Options, total=False):
+    """Options of `run_python` and `run`."""
+
+    timeout_s: float
+    on_stdout: OnChunk
+    on_stderr: OnChunk
+
+
 class PythonOptions(ExecOptions, total=False):
-    """Options of `run_python` alone."""
+    """Options of `run_python`."""
 
     fresh: bool
+
+
+class CommandOptions(ExecOptions, total=False):
+    """Options of `run`."""
+
+    pty: Pty
+
+
+class StartOptions(_Options, total=False):
+    """Options of `start_python` and `start`."""
+
+    timeout_s: float | None
+    stdin_open: bool
+
+
+class PythonStartOptions(StartOptions, total=False):
+    """Options of `start_python`."""
+
+    fresh: bool
+
+
+class CommandStartOptions(StartOptions, total=False):
+    """Options of `start`."""
+
+    pty: Pty
+
+
+class CellOptions(TypedDict, total=False):
+    """Options of code in a context."""
+
+    timeout_s: float
+    on_stdout: OnChunk
+    on_stderr: OnChunk
+    on_result: OnResult
+    idempotency_key: str
 
 
 def sandbox_body(options: SandboxOptions) -> dict[str, Any]:
@@ -92,19 +135,22 @@ class Program:
     on_chunk: OnChunk | None
 
 
-def python_program(code: str, options: PythonOptions) -> Program:
+def python_program(code: str, options: PythonOptions | PythonStartOptions, *, start: bool = False) -> Program:
     """An exec of Python code.
 
     Raises:
         TypeError: The code is not text or an option does not exist.
     """
-    if not isinstance(code, str):
-        raise TypeError(f"code must be text (str), not {type(code).__name__}")
-    _check_names("run_python", options, PythonOptions)
-    return _program({"code": str(code), "language": "python"}, options)
+    if start:
+        _check_names("start_python", options, PythonStartOptions)
+    else:
+        _check_names("run_python", options, PythonOptions)
+    return _program({"code": _checked_code(code), "language": "python"}, options)
 
 
-def command_program(command: str | Sequence[str], options: ExecOptions) -> Program:
+def command_program(
+    command: str | Sequence[str], options: CommandOptions | CommandStartOptions, *, start: bool = False
+) -> Program:
     """An exec of a command: text goes to `bash -lc`, a sequence is the argument vector.
 
     Raises:
@@ -113,22 +159,49 @@ def command_program(command: str | Sequence[str], options: ExecOptions) -> Progr
     argv = [command] if isinstance(command, str) else command
     if not isinstance(argv, list | tuple) or not all(isinstance(word, str) for word in argv):
         raise TypeError(f"command must be text or a list of texts, not {command!r:.100}")
-    _check_names("run", options, ExecOptions)
-    return _program({"command": command if isinstance(command, str) else list(argv)}, options)
+    if start:
+        _check_names("start", options, CommandStartOptions)
+    else:
+        _check_names("run", options, CommandOptions)
+    body: dict[str, Any] = {"command": command if isinstance(command, str) else list(argv)}
+    made = _program(body, options)
+    pty = made.body.pop("pty", False)
+    if pty or isinstance(pty, Mapping):
+        made.body["pty"] = dict(pty) if isinstance(pty, Mapping) else {}
+    return made
 
 
-_OURS = ("on_stdout", "on_stderr", "idempotency_key")
+def cell_program(code: str, context_id: str, options: CellOptions) -> Program:
+    """An exec of code in a context.
+
+    Raises:
+        TypeError: The code is not text or an option does not exist.
+    """
+    _check_names("run", options, CellOptions)
+    return _program({"code": _checked_code(code), "context": context_id}, options)
 
 
-def _program(body: dict[str, Any], options: ExecOptions) -> Program:
+_OURS = ("on_stdout", "on_stderr", "on_result", "idempotency_key")
+
+
+def _program(body: dict[str, Any], options: Mapping[str, Any]) -> Program:
     plain = {name: value for name, value in options.items() if name not in _OURS}
-    wanted = {"stdout": options.get("on_stdout"), "stderr": options.get("on_stderr")}
+    wanted = {name: options.get(f"on_{name}") for name in ("stdout", "stderr", "result")}
 
     def on_chunk(chunk: ExecChunk) -> Awaitable[None] | None:
         call = wanted[chunk.stream]
-        return call(chunk) if call else None
+        if call is None:
+            return None
+        made: Awaitable[None] | None = call(chunk if chunk.result is None else chunk.result)
+        return made
 
     return Program(body | plain, options.get("idempotency_key"), on_chunk if any(wanted.values()) else None)
+
+
+def _checked_code(code: str) -> str:
+    if not isinstance(code, str):
+        raise TypeError(f"code must be text (str), not {type(code).__name__}")
+    return str(code)
 
 
 def _check_names(what: str, options: Mapping[str, Any], known: Any) -> None:

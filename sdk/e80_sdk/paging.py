@@ -11,13 +11,14 @@ PAGE_SIZE = 100
 
 
 async def pages(
-    transport: Transport, path: str, params: Params, *, limit: int | None = None
+    transport: Transport, path: str, params: Params, *, limit: int | None = None, size: int = PAGE_SIZE
 ) -> AsyncGenerator[dict[str, Any]]:
-    """Every item of a list, at most `limit`."""
+    """Every item of a list, at most `limit`; so many are asked for at once."""
     left, after = limit, ""
     while left is None or left > 0:
-        size = PAGE_SIZE if left is None else min(left, PAGE_SIZE)
-        query = {**params, "limit": size} | ({"after": after} if after else {})
+        query = {**params, "limit": size if left is None else min(left, size)} | (
+            {"after": after} if after else {}
+        )
         page = await transport.send(Request("GET", path, params=query, idempotent=True))
         items = [item for item in page.get("data", []) if isinstance(item, dict)]
         for item in items:

@@ -13,6 +13,7 @@ from e80_sdk.errors import NotAwaitedError
 from e80_sdk.results import ExecChunk
 
 T = TypeVar("T")
+P = TypeVar("P", bound="Pending[Any]")
 Emit = Callable[[ExecChunk], Awaitable[None]]
 STREAM_CHUNKS = 64
 
@@ -49,6 +50,11 @@ class Pending(Generic[T]):
 
     def __repr__(self) -> str:
         return f"<Pending {self._label}(); await it>"
+
+    def cancel(self) -> None:
+        """Break the call off: a program that it runs is ended; awaiting it raises `CancelledError`."""
+        self._observed = True
+        self._task.cancel()
 
     def _discard_chunks(self) -> None:
         # Nobody will iterate any more: without this a full buffer would hold the call up for ever.
@@ -111,10 +117,18 @@ class Calls:
         self, label: str, call: Callable[[], Coroutine[Any, Any, T]], *, write: bool = False
     ) -> Pending[T]:
         """Start a call. `write` makes later calls wait for it."""
+        return self.start_as(Pending[T], label, call, write=write)
+
+    def start_as(
+        self, kind: type[P], label: str, call: Callable[[], Coroutine[Any, Any, T]], *, write: bool = False
+    ) -> P:
+        """Start a call whose `Pending` can do more."""
         task = asyncio.get_running_loop().create_task(_after(self._write, call))
         if write:
             self._write = task
-        return self._own(Pending(task, label))
+        pending = kind(task, label)
+        self._own(pending)
+        return pending
 
     def start_stream(self, label: str, call: Callable[[Emit], Coroutine[Any, Any, T]]) -> Pending[T]:
         """Start a call that emits chunks for whoever iterates the `Pending`."""

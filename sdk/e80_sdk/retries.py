@@ -7,7 +7,7 @@ import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from e80_sdk.errors import E80Error
+from e80_sdk.errors import E80Error, RequestTimeoutError
 
 PATIENCE_S = 60.0
 """How long a server that restarts is waited for."""
@@ -17,6 +17,8 @@ FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 2.0
 STEADY_S = 5.0
 """A request that may take long and went well for so long has left the trouble before it behind."""
+STREAM_SILENCE_S = 60.0
+"""A stream of events that says nothing for so long, not even that it is alive, is opened anew."""
 
 OnWait = Callable[[E80Error, float], None]
 
@@ -64,6 +66,13 @@ class Failure(Exception):
         self.asked_s = asked_s
         self.busy = busy
         self.broken = broken
+
+
+def silence_is_broken(failure: Failure) -> Failure:
+    """Silence of a stream is a broken connection: a healthy one says now and then that it is alive."""
+    if isinstance(failure.error, RequestTimeoutError):
+        return Failure(failure.error, resend=True, broken=True)
+    return failure
 
 
 class Attempts:

@@ -5,28 +5,31 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Literal, Self, Unpack, overload
+from typing import Any, Literal, Self, Unpack, overload
 
 from e80_sdk.api import SandboxApi
+from e80_sdk.contexts import AsyncContext, Context, PendingContext
 from e80_sdk.errors import ConflictError, E80Error, NotFoundError
-from e80_sdk.execs import OUTPUT_EVENTS
+from e80_sdk.files import AsyncFiles, Files
 from e80_sdk.options import (
-    ExecOptions,
+    CommandOptions,
+    CommandStartOptions,
     Program,
     PythonOptions,
+    PythonStartOptions,
     SandboxChanges,
     changes_body,
     command_program,
     python_program,
 )
-from e80_sdk.pending import Calls, Emit, Pending, undisturbed
+from e80_sdk.pending import Calls, Pending, undisturbed
 from e80_sdk.portal import Portal
-from e80_sdk.records import ExecInfo, SandboxEvent
-from e80_sdk.results import ExecChunk, ExecResult, SandboxInfo
-from e80_sdk.streams import ExecStream, iterate, result_of
+from e80_sdk.processes import AsyncProcess, Process, ProcessCore
+from e80_sdk.records import ContextInfo, ExecInfo, SandboxEvent
+from e80_sdk.results import ExecResult, SandboxInfo
+from e80_sdk.streams import ExecStream, iterate, run_blocking, run_pending
 
 STOP_TIMEOUT_S = 20.0
 _log = logging.getLogger("e80_sdk")
@@ -57,12 +60,16 @@ class AsyncSandbox(_Facts):
 
     Leaving the block waits for what is pending, then stops the sandbox. An exception in the block cancels
     what is pending; an error that nobody awaited is raised at the end of the block.
+
+    Attributes:
+        files: Its files, as `AsyncFiles`.
     """
 
     def __init__(self, api: SandboxApi, info: SandboxInfo) -> None:
         self.info = info
         self._api = api
         self._calls = Calls()
+        self.files = AsyncFiles(api.files, info.id, self._calls)
 
     def run_python(
         self, code: str, *, stream: bool = False, **options: Unpack[PythonOptions]
@@ -72,7 +79,8 @@ class AsyncSandbox(_Facts):
         Args:
             code: The program.
             stream: Makes the `Pending` iterable with `async for`, chunk by chunk.
-            options: `cwd`, `env`, `stdin`, `timeout_s`, `fresh` (a new interpreter instead of a fork),
+            options: `cwd`, `env`, `stdin`, `timeout_s`, `user` (`user` or `nobody`), `fresh` (a new
+                interpreter instead of a fork),
                 `on_stdout` and `on_stderr` (called with each `ExecChunk`; may be coroutine functions),
                 `idempotency_key` (your own: the same key never runs it twice).
 
@@ -86,22 +94,46 @@ class AsyncSandbox(_Facts):
         return self._exec("run_python", python_program(code, options), stream)
 
     def run(
-        self, command: str | Sequence[str], *, stream: bool = False, **options: Unpack[ExecOptions]
+        self, command: str | Sequence[str], *, stream: bool = False, **options: Unpack[CommandOptions]
     ) -> Pending[ExecResult]:
         """Run a command: text goes to `bash -lc`, a list is the argument vector. Otherwise as
-        `run_python`."""
+        `run_python`, with `pty` (a terminal, see `start`) and without `fresh`. Whoever leaves early, by
+        Ctrl-C for example, ends it."""
         return self._exec("run", command_program(command, options), stream)
 
-    def read_file(self, path: str) -> Pending[bytes]:
-        """Read a file of the sandbox."""
-        return self._calls.start("read_file", lambda: self._api.read_file(self.id, path))
+    def start(
+        self, command: str | Sequence[str], **options: Unpack[CommandStartOptions]
+    ) -> Pending[AsyncProcess]:
+        """Start a command in the background; see `Sandbox.start`."""
+        return self._start("start", command_program(command, options, start=True))
 
-    def write_file(self, path: str, data: bytes | str) -> Pending[int]:
-        """Write a file of the sandbox (text as UTF-8); gives its size. Calls made after it wait for it."""
-        content = _as_bytes(data)
-        return self._calls.start(
-            "write_file", lambda: self._api.write_file(self.id, path, content), write=True
-        )
+    def start_python(self, code: str, **options: Unpack[PythonStartOptions]) -> Pending[AsyncProcess]:
+        """Start Python code in the background; see `Sandbox.start`."""
+        return self._start("start_python", python_program(code, options, start=True))
+
+    def process(self, exec_id: str) -> AsyncProcess:
+        """The handle of a program by its id; nothing is sent yet."""
+        return AsyncProcess(ProcessCore(self._api.execs, self.id, exec_id), self._calls)
+
+    def processes(self) -> Pending[list[AsyncProcess]]:
+        """What runs in it, newest first."""
+        return self._calls.start("processes", self._processes)
+
+    def context(
+        self, language: str = "python", *, cwd: str | None = None, env: Mapping[str, str] | None = None
+    ) -> PendingContext:
+        """Start an interpreter that keeps its state; see `Sandbox.context`. `await` it, or enter it with
+        `async with`."""
+        body = context_body(language, cwd, env)
+        return self._calls.start_as(PendingContext, "context", lambda: self._context(body))
+
+    def get_context(self, context_id: str) -> Pending[AsyncContext]:
+        """One of its contexts by its id."""
+        return self._calls.start("get_context", lambda: self._get_context(context_id))
+
+    def contexts(self) -> Pending[list[AsyncContext]]:
+        """The contexts that it has."""
+        return self._calls.start("contexts", self._contexts)
 
     def pause(self) -> Pending[SandboxInfo]:
         """Halt what runs in it and keep its memory. Calls made after it wait for it."""
@@ -174,38 +206,42 @@ class AsyncSandbox(_Facts):
         return self.info
 
     def _exec(self, label: str, program: Program, stream: bool) -> Pending[ExecResult]:
-        if stream:
-            return self._calls.start_stream(label, lambda emit: self._follow(program, emit))
-        if program.on_chunk is not None:
-            return self._calls.start(label, lambda: self._follow(program, None))
-        execs = self._api.execs
-        return self._calls.start(label, lambda: execs.run(self.id, program.body, key=program.key))
+        return run_pending(self._api.execs, self._calls, self.id, label, program, stream=stream)
 
-    async def _follow(self, program: Program, emit: Emit | None) -> ExecResult:
-        result = None
-        async with aclosing(self._api.execs.events(self.id, program.body, key=program.key)) as events:
-            async for event in events:
-                kind = event.get("type")
-                if kind in OUTPUT_EVENTS:
-                    chunk = ExecChunk.from_event(event)
-                    if program.on_chunk and isinstance(called := program.on_chunk(chunk), Awaitable):
-                        await called
-                    if emit is not None:
-                        await emit(chunk)
-                elif kind == "exec.completed":
-                    result = result_of(event)
-        assert result is not None  # events() raises when the stream ends without it
-        return result
+    def _start(self, label: str, program: Program) -> Pending[AsyncProcess]:
+        return self._calls.start(label, lambda: self._started(program))
+
+    async def _started(self, program: Program) -> AsyncProcess:
+        return AsyncProcess(await started(self._api, self.id, program), self._calls)
+
+    async def _processes(self) -> list[AsyncProcess]:
+        return [AsyncProcess(core, self._calls) for core in await running(self._api, self.id)]
+
+    async def _context(self, body: Mapping[str, Any]) -> AsyncContext:
+        return self._context_face(await self._api.contexts.create(self.id, body))
+
+    async def _get_context(self, context_id: str) -> AsyncContext:
+        return self._context_face(await self._api.contexts.get(self.id, context_id))
+
+    async def _contexts(self) -> list[AsyncContext]:
+        return [self._context_face(info) for info in await self._api.contexts.list(self.id)]
+
+    def _context_face(self, info: ContextInfo) -> AsyncContext:
+        return AsyncContext(self._api, self.id, info, self._calls)
 
 
 class Sandbox(_Facts):
-    """A sandbox inside `with`, or one from `Eighty80().sandboxes`: every call blocks until it has its
-    value."""
+    """A sandbox inside `with`, or one from `Eighty80().sandboxes`: every call blocks until it has its value.
+
+    Attributes:
+        files: Its files, as `Files`.
+    """
 
     def __init__(self, api: SandboxApi, info: SandboxInfo, portal: Portal) -> None:
         self.info = info
         self._api = api
         self._portal = portal
+        self.files = Files(api.files, info.id, portal)
 
     @overload
     def run_python(
@@ -224,7 +260,8 @@ class Sandbox(_Facts):
         Args:
             code: The program.
             stream: Return an `ExecStream` to iterate, chunk by chunk, instead of the result.
-            options: `cwd`, `env`, `stdin`, `timeout_s`, `fresh` (a new interpreter instead of a fork),
+            options: `cwd`, `env`, `stdin`, `timeout_s`, `user` (`user` or `nobody`), `fresh` (a new
+                interpreter instead of a fork),
                 `on_stdout` and `on_stderr` (called with each `ExecChunk`, in the calling thread),
                 `idempotency_key` (your own: the same key never runs it twice).
 
@@ -239,27 +276,79 @@ class Sandbox(_Facts):
 
     @overload
     def run(
-        self, command: str | Sequence[str], *, stream: Literal[False] = False, **options: Unpack[ExecOptions]
+        self,
+        command: str | Sequence[str],
+        *,
+        stream: Literal[False] = False,
+        **options: Unpack[CommandOptions],
     ) -> ExecResult: ...
     @overload
     def run(
-        self, command: str | Sequence[str], *, stream: Literal[True], **options: Unpack[ExecOptions]
+        self, command: str | Sequence[str], *, stream: Literal[True], **options: Unpack[CommandOptions]
     ) -> ExecStream: ...
 
     def run(
-        self, command: str | Sequence[str], *, stream: bool = False, **options: Unpack[ExecOptions]
+        self, command: str | Sequence[str], *, stream: bool = False, **options: Unpack[CommandOptions]
     ) -> ExecResult | ExecStream:
         """Run a command: text goes to `bash -lc`, a list is the argument vector. Otherwise as
-        `run_python`."""
+        `run_python`, with `pty` (a terminal, see `start`) and without `fresh`. Whoever leaves early, by
+        Ctrl-C for example, ends it."""
         return self._exec(command_program(command, options), stream)
 
-    def read_file(self, path: str) -> bytes:
-        """Read a file of the sandbox."""
-        return self._portal.call(self._api.read_file, self.id, path)
+    def start(self, command: str | Sequence[str], **options: Unpack[CommandStartOptions]) -> Process:
+        """Start a command in the background: it goes on when this program ends, until it ends itself, its
+        `timeout_s` is over or the sandbox ends.
 
-    def write_file(self, path: str, data: bytes | str) -> int:
-        """Write a file of the sandbox (text as UTF-8); returns its size."""
-        return self._portal.call(self._api.write_file, self.id, path, _as_bytes(data))
+        Args:
+            command: As for `run`.
+            options: `cwd`, `env`, `stdin`, `timeout_s` (none unless given), `user`, `idempotency_key` as for
+                `run`; `stdin_open` (its input stays open, for `Process.write`); `pty` (a terminal: True, or
+                its size as `{"rows": 40, "cols": 120}`).
+
+        Returns:
+            A `Process`.
+
+        Raises:
+            E80Error: It was not started.
+            TypeError: The command is none or an option does not exist.
+        """
+        return self._start(command_program(command, options, start=True))
+
+    def start_python(self, code: str, **options: Unpack[PythonStartOptions]) -> Process:
+        """Start Python code in the background; options as for `start`, with `fresh` and without `pty`."""
+        return self._start(python_program(code, options, start=True))
+
+    def process(self, exec_id: str) -> Process:
+        """The handle of a program by its id, which another program may have started; nothing is sent yet."""
+        return Process(ProcessCore(self._api.execs, self.id, exec_id), self._portal)
+
+    def processes(self) -> list[Process]:
+        """What runs in it, newest first; `info.title` of each is how its command or code begins."""
+        return [Process(core, self._portal) for core in self._portal.call(running, self._api, self.id)]
+
+    def context(
+        self, language: str = "python", *, cwd: str | None = None, env: Mapping[str, str] | None = None
+    ) -> Context:
+        """Start an interpreter that keeps its state between calls.
+
+        Args:
+            language: `python`, `bash`, or `javascript` in images that have Node.js.
+            cwd: Where it starts; else /home/user.
+            env: More variables.
+
+        Returns:
+            A `Context`; as a context manager it is deleted at the end of the block.
+        """
+        info = self._portal.call(self._api.contexts.create, self.id, context_body(language, cwd, env))
+        return self._context_face(info)
+
+    def get_context(self, context_id: str) -> Context:
+        """One of its contexts by its id."""
+        return self._context_face(self._portal.call(self._api.contexts.get, self.id, context_id))
+
+    def contexts(self) -> list[Context]:
+        """The contexts that it has."""
+        return [self._context_face(one) for one in self._portal.call(self._api.contexts.list, self.id)]
 
     def pause(self) -> SandboxInfo:
         """Halt what runs in it and keep its memory. Pausing it again is no error.
@@ -321,12 +410,13 @@ class Sandbox(_Facts):
         self._portal.call(stop_quietly, self._api, self)
 
     def _exec(self, program: Program, stream: bool) -> ExecResult | ExecStream:
-        execs = self._api.execs
-        if not stream and program.on_chunk is None:
-            return self._portal.call(execs.run, self.id, program.body, key=program.key)
-        events = execs.events(self.id, program.body, key=program.key)
-        following = ExecStream(self._portal, events, program.on_chunk)
-        return following if stream else following.result()
+        return run_blocking(self._api.execs, self._portal, self.id, program, stream=stream)
+
+    def _start(self, program: Program) -> Process:
+        return Process(self._portal.call(started, self._api, self.id, program), self._portal)
+
+    def _context_face(self, info: ContextInfo) -> Context:
+        return Context(self._api, self.id, info, self._portal)
 
 
 async def stop_quietly(api: SandboxApi, sandbox: AsyncSandbox | Sandbox) -> None:
@@ -343,9 +433,22 @@ async def stop_quietly(api: SandboxApi, sandbox: AsyncSandbox | Sandbox) -> None
         _log.warning("sandbox %s could not be stopped and ends by its own timeout: %s", sandbox.id, exc)
 
 
-def _as_bytes(data: bytes | str) -> bytes:
-    if isinstance(data, str):
-        return data.encode()
-    if isinstance(data, bytes | bytearray | memoryview):
-        return bytes(data)
-    raise TypeError(f"data must be bytes or text, not {type(data).__name__}")
+async def started(api: SandboxApi, sandbox_id: str, program: Program) -> ProcessCore:
+    """A program in the background."""
+    result = await api.execs.start(sandbox_id, program.body, key=program.key)
+    return ProcessCore(api.execs, sandbox_id, result.id, ExecInfo.from_body(result.raw))
+
+
+async def running(api: SandboxApi, sandbox_id: str) -> list[ProcessCore]:
+    """What runs in a sandbox."""
+    found = await api.execs.list(sandbox_id, status="running")
+    return [ProcessCore(api.execs, sandbox_id, info.id, info) for info in found]
+
+
+def context_body(language: str, cwd: str | None, env: Mapping[str, str] | None) -> dict[str, Any]:
+    """The body of a request for a context."""
+    return (
+        {"language": language}
+        | ({} if cwd is None else {"cwd": cwd})
+        | ({} if env is None else {"env": dict(env)})
+    )

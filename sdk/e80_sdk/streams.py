@@ -1,18 +1,21 @@
-"""Output as it arrives, and other things that come one after another, for callers that block. No HTTP in
-here."""
+"""Programs that are followed to their end, for both faces, and other things that come one after another. No
+HTTP in here."""
 
 from __future__ import annotations
 
+import asyncio
 import inspect
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Iterator
+from contextlib import aclosing, nullcontext
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from e80_sdk.errors import E80Error, UnexpectedResponseError
-from e80_sdk.execs import OUTPUT_EVENTS
-from e80_sdk.options import OnChunk
+from e80_sdk.errors import E80Error
+from e80_sdk.execs import ExecApi
+from e80_sdk.options import OnChunk, Program
+from e80_sdk.pending import Calls, Emit, Pending
 from e80_sdk.portal import Portal
-from e80_sdk.results import ExecChunk, ExecResult
+from e80_sdk.results import ExecChunk, ExecReader, ExecResult
 
 T = TypeVar("T")
 
@@ -27,17 +30,15 @@ class ExecStream:
         self._portal = portal
         self._events = events
         self._callback = callback
-        self._result: ExecResult | None = None
+        self._reader = ExecReader()
         self._ahead = self._next_event()  # starts the program, and raises here what keeps it from starting
 
     def __iter__(self) -> Iterator[ExecChunk]:
         while (event := self._take()) is not None:
-            if event.get("type") in OUTPUT_EVENTS:
-                chunk = ExecChunk.from_event(event)
+            chunk = self._reader.chunk(event)
+            if chunk is not None:
                 self._call_back(chunk)
                 yield chunk
-            elif event.get("type") == "exec.completed":
-                self._result = result_of(event)
 
     def result(self) -> ExecResult:
         """The result; waits for the end of the program and drops output that was not iterated."""
@@ -47,12 +48,12 @@ class ExecStream:
         except BaseException:
             self.close()
             raise
-        if self._result is None:
+        if self._reader.result is None:
             raise E80Error("this stream was closed before its program ended", code="stream_closed")
-        return self._result
+        return self._reader.result
 
     def close(self) -> None:
-        """Stop following the program."""
+        """End the program, if it runs still, and the stream."""
         self._portal.call(self._events.aclose)
 
     def __enter__(self) -> Self:
@@ -88,16 +89,50 @@ def iterate(portal: Portal, items: AsyncGenerator[T]) -> Iterator[T]:
         portal.call(items.aclose)
 
 
-def result_of(event: dict[str, Any]) -> ExecResult:
-    """The result in an `exec.completed` event.
+def run_blocking(
+    execs: ExecApi, portal: Portal, sandbox_id: str, program: Program, *, stream: bool
+) -> ExecResult | ExecStream:
+    """Run a program for a caller that blocks."""
+    if not stream and program.on_chunk is None:
+        return portal.call(execs.run, sandbox_id, program.body, key=program.key)
+    following = ExecStream(portal, execs.events(sandbox_id, program.body, key=program.key), program.on_chunk)
+    return following if stream else following.result()
 
-    Raises:
-        UnexpectedResponseError: There is none.
-    """
-    body = event.get("exec")
-    if not isinstance(body, dict):
-        raise UnexpectedResponseError("the event exec.completed holds no exec")
-    return ExecResult.from_body(body)
+
+def run_pending(
+    execs: ExecApi,
+    calls: Calls,
+    sandbox_id: str,
+    label: str,
+    program: Program,
+    *,
+    stream: bool,
+    turn: asyncio.Lock | None = None,
+) -> Pending[ExecResult]:
+    """Start a program for an asynchronous caller; with `turn` it waits for its turn."""
+
+    async def follow(emit: Emit | None) -> ExecResult:
+        async with turn or nullcontext():
+            return await _follow(execs.events(sandbox_id, program.body, key=program.key), program, emit)
+
+    if stream:
+        return calls.start_stream(label, follow)
+    return calls.start(label, lambda: follow(None))
+
+
+async def _follow(events: AsyncGenerator[dict[str, Any]], program: Program, emit: Emit | None) -> ExecResult:
+    reader = ExecReader()
+    async with aclosing(events):
+        async for event in events:
+            chunk = reader.chunk(event)
+            if chunk is None:
+                continue
+            if program.on_chunk and isinstance(called := program.on_chunk(chunk), Awaitable):
+                await called
+            if emit is not None:
+                await emit(chunk)
+    assert reader.result is not None  # events() raises when the stream ends without it
+    return reader.result
 
 
 async def _next(items: AsyncGenerator[T]) -> T | None:

@@ -13,9 +13,10 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
+from urllib.parse import quote, urlencode
 from weakref import WeakKeyDictionary
 
 import httpx2
@@ -76,6 +77,7 @@ class Request:
     lasting: bool = False
     timeout_s: float | None = DEFAULT_TIMEOUT_S
     patience_s: float | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def repeatable(self) -> bool:
@@ -181,18 +183,15 @@ class Transport:
     async def open(self, request: Request) -> AsyncGenerator[httpx2.Response]:
         """Send a request and give its answer unread, to be streamed. What fails before the answer begins is
         retried as in `send`; what fails later is not, because the caller has a part of it already."""
-        async with self._client() as client:
-            response = await self.call(request).answer(client)
-            try:
+        try:
+            async with self.call(request).open() as response:
                 yield response
-            except httpx2.RequestError as exc:
-                raise _failure(exc, request, sent=True).error from exc
-            finally:
-                await response.aclose()
+        except Failure as failure:
+            raise failure.error from failure.__cause__
 
     def _headers(self, request: Request) -> dict[str, str]:
         # Uncompressed: Content-Length is then the size of a file, also behind a proxy that likes to compress.
-        headers = {"User-Agent": f"e80-sdk/{_version()}", "Accept-Encoding": "identity"}
+        headers = {"User-Agent": f"e80-sdk/{_version()}", "Accept-Encoding": "identity", **request.headers}
         if not request.anonymous:
             if self.connection.api_key is None:
                 raise NotLoggedInError(self.connection.missing_key())
@@ -256,6 +255,19 @@ class Call:
             await self.again(failed)
 
     @asynccontextmanager
+    async def open(self) -> AsyncGenerator[httpx2.Response]:
+        """One answer, unread. What breaks while it is read comes out of the block as a `Failure`; `again`
+        decides what then."""
+        async with self._transport._client() as client:
+            response = await self.answer(client)
+            try:
+                yield response
+            except httpx2.RequestError as exc:
+                raise _failure(exc, self.request, sent=True) from exc
+            finally:
+                await response.aclose()
+
+    @asynccontextmanager
     async def events(self) -> AsyncGenerator[AsyncGenerator[dict[str, Any]]]:
         """The decoded server-sent events of one answer. Iterating raises `Failure` when the stream breaks or
         ends in an error; `again` decides what then."""
@@ -268,9 +280,10 @@ class Call:
                 await events.aclose()
                 await response.aclose()
 
-    def follow(self, **params: str) -> None:
-        """Ask with these parameters from now on."""
-        self.request = replace(self.request, params={**(self.request.params or {}), **params})
+    def turn(self, request: Request) -> None:
+        """Ask for this from now on; the patience for the trouble that there is goes on."""
+        self.request = request
+        self._headers = self._transport._headers(request)
 
     def progress(self) -> None:
         """Something new arrived: whatever trouble there was is over."""
@@ -301,10 +314,11 @@ class Call:
     def _build(self, client: httpx2.AsyncClient) -> httpx2.Request:
         request = self.request
         content = request.content() if callable(request.content) else request.content
+        # A name that is not UTF-8 is text with surrogates here, and its own bytes on the wire.
+        query = urlencode(request.params or {}, doseq=True, errors="surrogateescape", quote_via=quote)
         return client.build_request(
             request.method,
-            f"{self._transport.connection.base_url}{request.path}",
-            params=request.params,
+            f"{self._transport.connection.base_url}{request.path}{'?' if query else ''}{query}",
             json=None if request.body is None else dict(request.body),
             content=content,
             headers=self._headers,
