@@ -96,4 +96,7 @@ class _Waiting:
     def tell(self, error: E80Error, left_s: float) -> None:
         self._pauses += 1
         if self._pauses == QUIET_PAUSES and sys.stderr.isatty():
-            sys.stderr.write(f"8080: {error.message}\n8080: trying for {left_s:.0f} s more; Ctrl-C ends it\n")
+            # The terminal may be raw, where a line feed alone does not go back to the first column.
+            sys.stderr.write(
+                f"8080: {error.message}\r\n8080: trying for {left_s:.0f} s more; Ctrl-C ends it\r\n"
+            )

@@ -1,38 +1,143 @@
-"""Running a program in a sandbox from a terminal: its output live and byte for byte, its end as an exit
-code."""
+"""Running a program in a sandbox from here: its output live and byte for byte, its end as an exit code."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import aclosing
-from typing import TYPE_CHECKING, Any
+import asyncio
+import os
+import re
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing, suppress
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from e80_sdk.results import ExecChunk, ExecResult
+from e80_sdk.errors import ConflictError, E80Error, NotFoundError
+from e80_sdk.pending import undisturbed
+from e80_sdk.results import ExecReader, ExecResult
 
-from e80_cli.exits import exit_code_of_program
+from e80_cli.exits import INTERRUPTED, exit_code_of_program
 from e80_cli.output import Output
+from e80_cli.showing import Results
+from e80_cli.stdin import Left, feed
+from e80_cli.terminal import Escape, Terminal
 
 if TYPE_CHECKING:
     from e80_sdk.client import AsyncEighty80
 
-_OUTPUT = ("exec.stdout.delta", "exec.stderr.delta")
+T = TypeVar("T")
+_TERM = re.compile(r"[A-Za-z0-9._+-]{1,64}")
+HANG_UP_S = 5.0
+"""How long a leaving terminal waits until its program is told."""
 
 
-async def follow(client: AsyncEighty80, sandbox_id: str, body: Mapping[str, Any], output: Output) -> int:
-    """Run it, pass its output on, and return its exit code; with `--json` the events are the output."""
-    code = 1
-    async with aclosing(client.api.execs.events(sandbox_id, body)) as events:
+async def run(
+    client: AsyncEighty80,
+    sandbox_id: str,
+    body: Mapping[str, Any],
+    output: Output,
+    *,
+    stdin: bool = False,
+    results: Results | None = None,
+) -> int:
+    """Run it, pass its output on and, if wanted, stdin to it; return its exit code. With `--json` the events
+    are the output. Whoever leaves (Ctrl-C) ends it."""
+    execs = client.api.execs
+    events = execs.events(sandbox_id, {**body, "stdin_open": True} if stdin else body)
+    if not stdin:
+        return await show(events, output, results=results)
+
+    async def fed(beside: asyncio.TaskGroup) -> int:
+        feeding: list[asyncio.Task[None]] = []
+
+        def begun(exec_id: str) -> None:
+            feeding.append(beside.create_task(feed(execs, sandbox_id, exec_id)))
+
+        code = await show(events, output, results=results, begun=begun)
+        for task in feeding:
+            task.cancel()
+        return code
+
+    return await _with_tasks(fed)
+
+
+async def run_on_terminal(
+    client: AsyncEighty80, sandbox_id: str, body: Mapping[str, Any], output: Output
+) -> int:
+    """Run it with a terminal that is the user's: keys, size, colours. A connection that breaks is taken up
+    again. Whoever leaves (`~.`, SIGTERM, a closed window) hangs up on the program, as a terminal does."""
+    execs, terminal = client.api.execs, Terminal()
+    rows, cols = terminal.size
+    term = os.environ.get("TERM", "")
+    pty = {"rows": rows, "cols": cols, "term": term if _TERM.fullmatch(term) else "xterm-256color"}
+    started = await execs.start(sandbox_id, {**body, "pty": pty})
+
+    async def resize(rows: int, cols: int) -> None:
+        with suppress(ConflictError, NotFoundError):  # the program ended meanwhile
+            await execs.resize(sandbox_id, started.id, rows, cols)
+
+    async def session(beside: asyncio.TaskGroup) -> int:
+        tasks = [
+            beside.create_task(feed(execs, sandbox_id, started.id, escape=Escape())),
+            beside.create_task(terminal.watch_size(resize)),
+        ]
+        code = await show(execs.follow(sandbox_id, started.id), output)
+        for task in tasks:
+            task.cancel()
+        return code
+
+    try:
+        with terminal.raw(), output.on_raw_terminal():
+            code = await _with_tasks(session)
+            terminal.program_ended()
+            return code
+    except BaseException as reason:
+        await undisturbed(_hang_up(client, sandbox_id, started.id, output))
+        if isinstance(reason, Left):
+            return INTERRUPTED
+        raise
+
+
+async def show(
+    events: AsyncGenerator[dict[str, Any]],
+    output: Output,
+    *,
+    results: Results | None = None,
+    begun: Callable[[str], None] | None = None,
+) -> int:
+    """Print what the events tell, and return the exit code of the program."""
+    reader, shown = ExecReader(), results or Results(output)
+    async with aclosing(events):
         async for event in events:
+            if begun is not None and event["type"] == "exec.started":
+                begun(event["exec"]["id"])
+            chunk = reader.chunk(event)
             if output.as_json:
                 output.data(event)
-            elif event.get("type") in _OUTPUT:
-                chunk = ExecChunk.from_event(event)
+                output.flush()
+            elif event["type"] == "exec.gap":
+                output.warn(f"8080: {event.get('missed_bytes')} bytes of output are not kept any more")
+            elif chunk is not None and chunk.result is not None:
+                shown.show(chunk.result)
+            elif chunk is not None:
                 output.raw(chunk.stream, chunk.data)
-            if event.get("type") == "exec.completed":
-                result = ExecResult.from_body(event.get("exec") or {})
-                code = exit_code_of_program(result)
-                _explain(result, output)
-    return code
+    assert reader.result is not None  # the SDK raises when events end without it
+    _explain(reader.result, output)
+    return exit_code_of_program(reader.result)
+
+
+async def _with_tasks(work: Callable[[asyncio.TaskGroup], Awaitable[T]]) -> T:
+    """Do the work with tasks beside it. The first error of any of them ends all."""
+    try:
+        async with asyncio.TaskGroup() as beside:
+            return await work(beside)
+    except BaseExceptionGroup as group:
+        raise group.exceptions[0] from None
+
+
+async def _hang_up(client: AsyncEighty80, sandbox_id: str, exec_id: str, output: Output) -> None:
+    try:
+        async with asyncio.timeout(HANG_UP_S):
+            await client.api.execs.signal(sandbox_id, exec_id, "SIGHUP")
+    except (E80Error, TimeoutError):
+        output.warn(f"8080: {exec_id} was left running; `8080 sandbox kill {sandbox_id} {exec_id}` ends it")
 
 
 def _explain(result: ExecResult, output: Output) -> None:

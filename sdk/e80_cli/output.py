@@ -6,7 +6,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import typer
@@ -32,14 +33,25 @@ class Output:
     def __init__(self, *, as_json: bool = False) -> None:
         self.as_json = as_json
         self.on_terminal = sys.stdout.isatty()
+        self._line_end = "\n"
 
     def data(self, body: Mapping[str, Any]) -> None:
         """One JSON object on a line of its own."""
-        self.line(json.dumps(body, ensure_ascii=False, separators=(",", ":")))
+        text = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
+        # A name that is not UTF-8 holds surrogates, which JSON can only write as escapes.
+        self.line(text if _is_utf8(text) else json.dumps(body, separators=(",", ":")))
 
     def line(self, text: str) -> None:
         """A line on stdout."""
         sys.stdout.write(f"{text}\n")
+
+    def name(self, text: str) -> None:
+        """The name of a file on a line of its own, as the bytes that it is; on a terminal, safe to show."""
+        if self.on_terminal:
+            self.line(printable(text))
+        else:
+            self.flush()
+            self.raw("stdout", f"{text}\n".encode("utf-8", "surrogateescape"))
 
     def flush(self) -> None:
         """Let a reader see what was printed so far."""
@@ -59,8 +71,17 @@ class Output:
     def warn(self, text: str) -> None:
         """A line on stderr."""
         sys.stdout.flush()
-        sys.stderr.write(f"{text}\n")
+        sys.stderr.write(f"{text}{self._line_end}")
         sys.stderr.flush()
+
+    @contextmanager
+    def on_raw_terminal(self) -> Iterator[None]:
+        """In the block, a line feed alone does not go back to the first column."""
+        self._line_end = "\r\n"
+        try:
+            yield
+        finally:
+            self._line_end = "\n"
 
     def error(self, error: E80Error) -> None:
         """What failed and what to do next, on stderr."""
@@ -108,3 +129,16 @@ class Output:
         width = max(len(name) for name in pairs)
         for name, value in pairs.items():
             self.line(f"{name:{width}}  {value}".rstrip())
+
+
+def printable(text: str) -> str:
+    """Text from a sandbox, safe to show: what would steer a terminal is written out."""
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

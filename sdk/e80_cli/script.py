@@ -27,7 +27,6 @@ class Script:
     body: dict[str, Any]
     path: str = ""
     upload: bytes | None = None
-    takes_stdin: bool = False
 
     @classmethod
     def of(cls, code: str | None, words: list[str], *, stdin: bool) -> Script:
@@ -45,7 +44,7 @@ class Script:
                 )
             source = text_of("stdin", sys.stdin.buffer.read())
             if len(words) > 1:
-                return cls({"command": ["python3", "-u", *words], "stdin": source}, takes_stdin=True)
+                return cls({"command": ["python3", "-u", *words], "stdin": source})
             return cls({"code": source, "language": "python"})
         try:
             content = Path(words[0]).read_bytes()

@@ -1,74 +1,88 @@
-"""Copying a file to or from a sandbox: in pieces, with progress, and never half a file under the final
-name."""
+"""Copying files and folders to and from a sandbox: where things go, and how far they are. What arrived in
+part never stands under its name; the SDK sees to that."""
 
 from __future__ import annotations
 
 import os
-import re
 import sys
-import tempfile
-from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
-from e80_sdk.errors import E80Error
+from e80_sdk import transfers
+from e80_sdk.errors import E80Error, NotFoundError
+from e80_sdk.sources import Source
+
+from e80_cli.output import printable
+from e80_cli.places import Remote
+from e80_cli.stdin import pieces
 
 if TYPE_CHECKING:
     from e80_sdk.client import AsyncEighty80
+    from e80_sdk.records import FileEntry
 
-CHUNK_BYTES = 256 * 1024
-_REMOTE = re.compile(r"(sbx_[A-Za-z0-9_-]+):(.*)", re.DOTALL)
-Advance = Callable[[int], None]
+OnProgress = Callable[[int, int | None], None]
 
 
 @dataclass(frozen=True)
-class Remote:
-    """`ID:PATH`."""
+class Copied:
+    """Where it went, and how much it was: bytes of a file, or entries of a folder."""
 
-    sandbox_id: str
     path: str
+    size: int | None = None
+    entries: int | None = None
 
 
-def parse_place(text: str) -> Remote | None:
-    """`ID:PATH`, or None for a local path."""
-    found = _REMOTE.fullmatch(text)
-    return Remote(found[1], found[2]) if found else None
+async def upload(client: AsyncEighty80, source: str, target: Remote, *, recursive: bool) -> Copied:
+    """Send a local file (`-` for stdin), or with `recursive` a folder; the server puts a file in place when
+    all of it has arrived."""
+    name = "stdin" if source == "-" else os.path.basename(source.rstrip("/")) or "."
+    folder = _is_folder(source)
+    if folder and not recursive:
+        raise E80Error(f"{source}: Is a directory; copy it with -r", code="local_file")
+    with _local_errors(), ExitStack() as stack:
+        # Opened before a request is made, to say what cannot be read; and once, because it may be a pipe.
+        file = None if folder or source == "-" else stack.enter_context(open(source, "rb"))  # noqa: ASYNC230
+        path = await _remote_place(client, target, name)
+        advance = stack.enter_context(progress(name))
+        if folder:
+            count = await transfers.upload_dir(client.api.files, target.sandbox_id, source, path, advance)
+            return Copied(path, entries=count)
+        body = (
+            Source(lambda: pieces(0), None, advance, once="stdin")
+            if file is None
+            else Source.of(file, advance)
+        )
+        return Copied(path, size=await client.api.files.write(target.sandbox_id, path, body))
 
 
-async def upload(client: AsyncEighty80, source: str, target: Remote) -> tuple[str, int]:
-    """Send a local file (`-` for stdin); the server puts it in place when all of it has arrived."""
-    name = "stdin" if source == "-" else os.path.basename(source)
-    path = target.path + name if target.path.endswith("/") or not target.path else target.path
-    with _opened(source) as file:
-        size = os.fstat(file.fileno()).st_size if source != "-" else None
-        with progress(name, size) as advance:
-            body = _Body(file, source, advance)
-            sent = await client.api.write_file(target.sandbox_id, path, body.again)
-    return path, sent
-
-
-async def download(client: AsyncEighty80, source: Remote, target: str) -> tuple[str, int]:
-    """Fetch a file (to `-` for stdout). It appears under its name when all of it has arrived."""
+async def download(client: AsyncEighty80, source: Remote, target: str, *, recursive: bool) -> Copied:
+    """Fetch a file (to `-` for stdout), or with `recursive` a folder. It appears under its name when all of
+    it has arrived."""
     name = source.path.rstrip("/").rsplit("/", 1)[-1]
-    async with client.api.open_file(source.sandbox_id, source.path) as (size, chunks):
-        with progress(name, size) as advance:
+    files = client.api.files
+    entry = await _found(client, source) if recursive else None
+    with _local_errors(), progress(name or "/") as advance:
+        if entry is not None and entry.type == "directory":
             if target == "-":
-                return "-", await _drain(chunks, sys.stdout.buffer, advance, size)
-            path = _place(target, name)
-            received = await _replace(path, chunks, advance, size)
-    return path, received
-
-
-def _place(target: str, name: str) -> str:
-    return os.path.join(target, name) if target.endswith("/") or os.path.isdir(target) else target
+                raise E80Error("a folder cannot go to stdout: name a folder", code="is_directory")
+            path = _local_place(target, name)
+            count = await transfers.download_dir(files, source.sandbox_id, source.path, path, advance)
+            return Copied(path, entries=count)
+        if target == "-":
+            size = await transfers.download(files, source.sandbox_id, source.path, sys.stdout.buffer, advance)
+            return Copied("-", size=size)
+        path = _local_place(target, name)
+        size = await transfers.download(files, source.sandbox_id, source.path, path, advance)
+        return Copied(path, size=size)
 
 
 @contextmanager
-def progress(name: str, size: int | None) -> Iterator[Advance]:
+def progress(name: str) -> Iterator[OnProgress | None]:
     """A progress bar on stderr, where stderr is a terminal."""
     if not sys.stderr.isatty():
-        yield _ignore
+        yield None
         return
     # Loading rich takes 50 ms, which a pipe has no use for.
     from rich.console import Console  # noqa: PLC0415
@@ -81,99 +95,41 @@ def progress(name: str, size: int | None) -> Iterator[Advance]:
         TransferSpeedColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task(name, total=size)
-        yield lambda count: bars.advance(task, count)
+        task = bars.add_task(printable(name), total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
-def _ignore(count: int) -> None:
-    """The progress of a copy that nobody watches."""
+async def _remote_place(client: AsyncEighty80, target: Remote, name: str) -> str:
+    """The path that it gets: below the target where that is a folder, as `cp` does it."""
+    if not target.path or target.path.endswith("/"):
+        return target.path + name
+    found = await _found(client, target)
+    return f"{target.path}/{name}" if found is not None and found.type == "directory" else target.path
 
 
-async def _replace(path: str, chunks: AsyncGenerator[bytes], advance: Advance, size: int | None) -> int:
+async def _found(client: AsyncEighty80, place: Remote) -> FileEntry | None:
     try:
-        handle, temporary = tempfile.mkstemp(
-            dir=os.path.dirname(path) or ".", prefix=f".{os.path.basename(path)}.", suffix=".part"
-        )
-    except OSError as exc:
-        raise _local(path, exc) from exc
-    try:
-        with os.fdopen(handle, "wb") as file:
-            received = await _drain(chunks, file, advance, size)
-            os.fchmod(file.fileno(), 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except OSError as exc:
-        raise _local(path, exc) from exc
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-    return received
+        return await client.api.files.stat(place.sandbox_id, place.path or ".", follow=True)
+    except NotFoundError as error:
+        if error.code == "file_not_found":
+            return None
+        raise
 
 
-async def _drain(chunks: AsyncGenerator[bytes], file: BinaryIO, advance: Advance, size: int | None) -> int:
-    received = 0
-    async for chunk in chunks:
-        received += file.write(chunk)
-        advance(len(chunk))
-    file.flush()
-    if size is not None and received != size:
-        raise E80Error(f"{received} bytes of {size} arrived", code="copy_incomplete")
-    return received
+def _local_place(target: str, name: str) -> str:
+    return os.path.join(target, name) if target.endswith("/") or os.path.isdir(target) else target
 
 
-class _Body:
-    """A file as the body of a request that may have to be sent again."""
-
-    def __init__(self, file: BinaryIO, source: str, advance: Advance) -> None:
-        self._file = file
-        self._source = source
-        self._advance = advance
-        # Read here, so that a directory or an unreadable file fails before a request.
-        self._first = _read(file, source)
-        self._begun = False
-
-    def again(self) -> AsyncGenerator[bytes]:
-        """The file from its start."""
-        if self._begun:
-            # What is gone from a pipe cannot be sent again, and the rest alone would look like the file.
-            if not self._file.seekable():
-                raise E80Error("stdin cannot be read a second time; copy a file instead", code="local_file")
-            self._file.seek(len(self._first))
-        return self._pieces()
-
-    async def _pieces(self) -> AsyncGenerator[bytes]:
-        self._begun = True
-        piece = self._first
-        while piece:
-            yield piece
-            self._advance(len(piece))
-            piece = _read(self._file, self._source)
+def _is_folder(source: str) -> bool:
+    return source != "-" and os.path.isdir(source)
 
 
 @contextmanager
-def _opened(source: str) -> Iterator[BinaryIO]:
-    if source == "-":
-        yield sys.stdin.buffer
-        return
-    with ExitStack() as stack:
-        try:
-            file = stack.enter_context(open(source, "rb"))
-        except OSError as exc:
-            raise _local(source, exc) from exc
-        yield file
-
-
-def _read(file: BinaryIO, source: str) -> bytes:
+def _local_errors() -> Iterator[None]:
     try:
-        return file.read(CHUNK_BYTES)
+        yield
+    except BrokenPipeError:
+        raise  # nobody reads our stdout; that is no error of a copy
     except OSError as exc:
-        raise _local(source, exc) from exc
-
-
-def _local(path: str, exc: OSError) -> E80Error:
-    return E80Error(f"{path}: {exc.strerror or exc}", code="local_file")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        where = os.fsdecode(exc.filename) if isinstance(exc.filename, str | bytes) else "here"
+        raise E80Error(f"{where}: {exc.strerror or exc}", code="local_file") from exc

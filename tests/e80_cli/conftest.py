@@ -6,10 +6,11 @@ import os
 import pty
 import subprocess
 import sys
+import tempfile
 import termios
 import time
 from collections.abc import Iterator
-from contextlib import chdir
+from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -17,6 +18,7 @@ from unittest import mock
 import pytest
 from e80_cli.main import run
 
+from tests.e80_cli.person import Session
 from tests.e80_sdk.fake_server import FakeServer, Switch, fresh_fake, serving
 
 COMMAND = [sys.executable, "-c", "from e80_cli.main import main; main()"]
@@ -42,8 +44,8 @@ class Cli:
         streams = {
             name: io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for name in ("stdout", "stderr")
         }
-        given = io.TextIOWrapper(io.BytesIO(stdin), "utf-8")
         with (
+            _stdin(stdin) as given,
             mock.patch.dict(os.environ, self.env | env, clear=True),
             mock.patch.multiple(sys, stdin=given, **streams),
             chdir(self.folder),
@@ -54,6 +56,10 @@ class Cli:
     def start(self, *words: str, **options: object) -> "subprocess.Popen[bytes]":
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
         return subprocess.Popen([*COMMAND, *words], env=self.env, cwd=self.folder, **pipes)  # type: ignore[call-overload]  # options of Popen
+
+    def session(self, *words: str, rows: int = 24, cols: int = 80, **env: str) -> Session:
+        """Run it on a terminal, with somebody who types."""
+        return Session([*COMMAND, *words], self.env | {"TERM": "xterm"} | env, self.folder, rows, cols)
 
     def on_terminal(
         self, *words: str, answer: bytes = b"", hidden: bool = False, **env: str
@@ -86,6 +92,22 @@ class Cli:
                 answer = b""
         os.close(leader)
         return program.wait(timeout=60), shown.decode()
+
+
+@contextmanager
+def _stdin(content: bytes) -> Iterator[io.TextIOWrapper]:
+    """Stdin of this process, for those who read it by its number, too."""
+    before = os.dup(0)
+    with tempfile.TemporaryFile() as file:
+        file.write(content)
+        file.seek(0)
+        os.dup2(file.fileno(), 0)
+    try:
+        with open(0, encoding="utf-8", closefd=False) as text:
+            yield text
+    finally:
+        os.dup2(before, 0)
+        os.close(before)
 
 
 @pytest.fixture(scope="session")

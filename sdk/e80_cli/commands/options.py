@@ -3,6 +3,7 @@
 from typing import Annotated
 
 import typer
+from e80_sdk.options import SandboxOptions
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 SandboxId = Annotated[str, typer.Argument(help="Id of a sandbox.", metavar="ID")]
@@ -24,6 +25,36 @@ Label = Annotated[list[str] | None, typer.Option("--label", help="Label, KEY=VAL
 Env = Annotated[
     list[str] | None, typer.Option("--env", "-e", help="Variable, NAME=VALUE, or NAME to pass it on.")
 ]
-ExecTimeout = Annotated[float | None, typer.Option("--timeout-s", help="Limit in seconds.")]
-Stdin = Annotated[bool, typer.Option("--stdin", "-i", help="Pass stdin (text) on.")]
+ExecTimeout = Annotated[
+    float | None, typer.Option("--timeout-s", "--timeout", help="Limit in seconds.", metavar="SECONDS")
+]
+Stdin = Annotated[bool, typer.Option("--stdin", "-i", help="Pass stdin on.")]
+Save = Annotated[
+    str | None, typer.Option("--save", help="Keep pictures and other results there.", metavar="DIR")
+]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="At most so many.")]
+
+
+def sandbox_options(
+    image: str | None,
+    cpu_mhz: int | None,
+    memory_size_mb: int | None,
+    disk_size_mb: int | None,
+    labels: dict[str, str],
+    env: dict[str, str],
+) -> SandboxOptions:
+    """What the options of a command say about a new sandbox."""
+    options: SandboxOptions = {}
+    if image is not None:
+        options["image"] = image
+    if cpu_mhz is not None:
+        options["cpu_mhz"] = cpu_mhz
+    if memory_size_mb is not None:
+        options["memory_size_mb"] = memory_size_mb
+    if disk_size_mb is not None:
+        options["disk_size_mb"] = disk_size_mb
+    if labels:
+        options["labels"] = labels
+    if env:
+        options["env"] = env
+    return options

@@ -1,0 +1,82 @@
+"""Rich results of code in a context: their text is printed, pictures and the like are kept where wanted."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import itertools
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+from e80_sdk.errors import E80Error
+
+from e80_cli.amounts import size
+
+if TYPE_CHECKING:
+    from e80_sdk.mime import Result
+
+    from e80_cli.output import Output
+
+# What a terminal cannot show, with the end of its file's name.
+_FILES = {
+    "image/png": "png",
+    "image/jpeg": "jpg",
+    "image/gif": "gif",
+    "image/svg+xml": "svg",
+    "application/pdf": "pdf",
+    "text/html": "html",
+}
+_TEXT = ("image/svg+xml", "text/html")
+
+
+class Results:
+    """Shows results; those that are more than text go to files in `folder`, if there is one."""
+
+    def __init__(self, output: Output, folder: str | None = None) -> None:
+        self._output = output
+        self._folder = None if folder is None else Path(folder)
+        if self._folder is not None:
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+            except OSError as exc:
+                raise typer.BadParameter(f"{folder}: {exc.strerror}", param_hint="--save") from exc
+
+    def show(self, result: Result) -> None:
+        """Print its text; name, or keep, what else there is."""
+        if result.text is not None:
+            self._output.raw("stdout", f"{result.text}\n".encode("utf-8", "replace"))
+        for kind, ending in _FILES.items():
+            content = _content(result, kind)
+            if content is None:
+                continue
+            if self._folder is not None:
+                self._output.warn(f"8080: {kind}, {size(len(content))} -> {self._keep(content, ending)}")
+            elif kind != "text/html" or result.text is None:
+                self._output.warn(f"8080: {kind}, {size(len(content))}: keep it with --save DIR")
+
+    def _keep(self, content: bytes, ending: str) -> Path:
+        assert self._folder is not None
+        for number in itertools.count(1):
+            path = self._folder / f"result-{number}.{ending}"
+            try:
+                with path.open("xb") as file:
+                    file.write(content)
+            except FileExistsError:
+                continue
+            except OSError as exc:
+                raise E80Error(f"{path}: {exc.strerror}", code="local_file") from exc
+            return path
+        raise AssertionError("numbers have no end")
+
+
+def _content(result: Result, kind: str) -> bytes | None:
+    value = result.data.get(kind)
+    if not isinstance(value, str):
+        return None
+    if kind in _TEXT:
+        return value.encode("utf-8", "replace")
+    try:
+        return base64.b64decode(value)
+    except binascii.Error:
+        return None
