@@ -15,7 +15,7 @@ import os
 import signal
 import termios
 import time
-from typing import Any, Callable, Deque, Dict, Iterable, List, Optional, Protocol
+from typing import Any, Callable, Deque, Dict, Iterable, List, Optional, Protocol, Tuple
 
 from e80_agent import protocol
 from e80_agent.log import Log
@@ -23,7 +23,7 @@ from e80_agent.loop import Loop, Timer
 from e80_agent.spool import Spool
 from e80_agent.stdin import Stdin
 from e80_agent.sweep import Sweep
-from e80_agent.tenant import TAG_BASE, Tenant, check_user
+from e80_agent.tenant import TAG_BASE, Tenant, check_user, rights_of
 from e80_agent.terminal import Terminal, check_size, open_terminal
 
 MAX_RUNNING = 64
@@ -219,8 +219,13 @@ class Execs:
     def open_pipes(self, run: Exec, with_error: bool) -> List[int]:
         """Pipes for stdin, stdout, stderr (and the error channel), or a terminal for the first three; returns
         the child's ends, to be closed. Raises OSError."""
+        uid = self._tenant.user(run.user).uid
         if run.pty_size is not None:
-            return self._open_terminal(run)
+            return self._open_terminal(run, uid, run.pty_size)
+        with rights_of(uid):
+            return self._open_pipes(run, with_error)
+
+    def _open_pipes(self, run: Exec, with_error: bool) -> List[int]:
         theirs: List[int] = []
         if run.stdin.wanted:
             reader, writer = os.pipe()
@@ -237,9 +242,8 @@ class Execs:
             theirs.append(writer)
         return theirs
 
-    def _open_terminal(self, run: Exec) -> List[int]:
-        assert run.pty_size is not None
-        master, run.terminal = open_terminal(self._tenant.user(run.user).uid, run.pty_size)
+    def _open_terminal(self, run: Exec, uid: int, size: Tuple[int, int]) -> List[int]:
+        master, run.terminal = open_terminal(uid, size)
         run.outputs[master] = protocol.RECORD_STDOUT
         run.stdin.own(os.dup(master), is_terminal=True)
         return [run.terminal.duplicate() for _ in range(3)]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import resource
 import signal
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional
 
 from e80_agent import launch
 
@@ -99,6 +100,18 @@ def act_as(uid: int, gid: int) -> None:
     os.setgroups([])
     os.setresgid(gid, gid, gid)
     os.setresuid(0, uid, 0)
+
+
+@contextlib.contextmanager
+def rights_of(uid: int) -> Iterator[None]:
+    """For PID 1: what is opened meanwhile belongs to `uid`, which can open it again, as /dev/stdout or by the
+    name of a terminal. For system calls that do not block. The real and the saved ids stay root's, so nobody
+    can signal or trace us meanwhile."""
+    os.seteuid(uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
 
 
 def offer_to_oom_killer() -> None:

@@ -1,9 +1,6 @@
 """Terminals for commands. The kernel gives one to whoever opens it, and only its owner can open it again by
 name, as tmux and script do: so it is opened with the rights of who will use it.
-
-PID 1 takes those rights for the moment of two system calls, which do not block. Its real and saved ids stay
-root's, so nobody can signal or trace it meanwhile; a child that is already the tenant need not be asked for
-anything, nor waited for.
+PID 1 takes those for the moment: no child that is already the tenant need be asked for it, nor waited for.
 """
 
 from __future__ import annotations
@@ -13,6 +10,8 @@ import os
 import struct
 import termios
 from typing import Any, Tuple
+
+from e80_agent.tenant import rights_of
 
 MAX_SIDE = 1000
 
@@ -46,18 +45,15 @@ class Terminal:
 def open_terminal(uid: int, size: Tuple[int, int]) -> Tuple[int, Terminal]:
     """Our end of a new terminal, which does not block, and the program's, which belongs to `uid`. Raises
     OSError."""
-    os.seteuid(uid)
-    try:
-        master = os.open("/dev/ptmx", os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with rights_of(uid):
+        master = os.open("/dev/ptmx", os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
         try:
             fcntl.ioctl(master, _TIOCSPTLCK, struct.pack("i", 0))
             (number,) = struct.unpack("I", fcntl.ioctl(master, _TIOCGPTN, bytes(4)))
-            terminal = Terminal(os.open("/dev/pts/%d" % number, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
+            terminal = Terminal(os.open("/dev/pts/%d" % number, os.O_RDWR | os.O_NOCTTY))
         except OSError:
             os.close(master)
             raise
-    finally:
-        os.seteuid(0)
     try:
         _expect_utf8(terminal)
         terminal.resize(*size)

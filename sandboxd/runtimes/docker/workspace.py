@@ -19,8 +19,8 @@ _MKFS_EXTENDED = "lazy_itable_init=1,nodiscard,root_owner=0:0"
 # A small disk must not be filled by its own inode tables.
 _INODES_PER_MB = 64
 _MIN_INODES = 1024
-# Name: mode, and whether the tenant owns it. Home is closed to the sandbox's second user, /tmp is for both and
-# nobody's: its owner may rename what is root's in there.
+# Name: mode, and whether the tenant owns it. Home is closed to the sandbox's second user. Not /tmp, which is
+# for both: its owner may rename what is root's in there.
 _FOLDERS = {"home": (0o700, True), "tmp": (0o1777, False)}
 _MOUNT_OPTIONS = "loop,nosuid,nodev,noatime,noinit_itable"
 
