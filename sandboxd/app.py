@@ -31,6 +31,8 @@ from sandboxd.runtimes.registry import create_runtime
 from sandboxd.sandboxes import admission, events, nodes, usage
 from sandboxd.sandboxes.activity_routes import make_router as make_activity_router
 from sandboxd.sandboxes.admission import Admission
+from sandboxd.sandboxes.context_routes import make_router as make_contexts_router
+from sandboxd.sandboxes.contexts import ContextService
 from sandboxd.sandboxes.events import Events
 from sandboxd.sandboxes.exec import ExecService
 from sandboxd.sandboxes.exec_routes import make_exec_router
@@ -153,6 +155,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     # First, because routes are tried in this order, and an exec is what clients feel.
     app.include_router(make_exec_router(services.sandboxes, services.execs))
+    app.include_router(make_contexts_router(services.sandboxes, ContextService(services.clock)))
     app.include_router(_make_operations_router(services))
     app.include_router(make_identity_router(services.identity))
     app.include_router(make_sandboxes_router(services.sandboxes))

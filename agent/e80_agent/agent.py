@@ -7,6 +7,7 @@ import time
 from typing import Any, Dict, Iterator, Tuple
 
 from e80_agent import launch, tenant
+from e80_agent.contexts import Contexts
 from e80_agent.execs import Execs
 from e80_agent.interpreters import Interpreters
 from e80_agent.loop import Loop
@@ -19,6 +20,7 @@ class Agent:
         self.tenant = tenant.Tenant(config, launch.base_environment(dict(os.environ)))
         self.interpreters = Interpreters(self.loop, self.tenant.base_env, launched)
         self.execs = Execs(self.loop, self.tenant, self.own_pids)
+        self.contexts = Contexts(self.loop, self.tenant, self.execs, self.interpreters, self.own_pids)
 
     def own_pids(self) -> Iterator[int]:
         """Processes that are ours, so that a sweep need not look at them."""

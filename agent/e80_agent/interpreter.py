@@ -16,7 +16,8 @@ import socket
 import struct
 import sys
 import traceback
-from typing import Dict, List
+import warnings
+from typing import Dict, FrozenSet, List
 
 from e80_agent import runner
 from e80_agent.fork import send_fds
@@ -116,6 +117,8 @@ def _preload(names: List[str]) -> None:
         except ImportError:
             # The image does not have it: then nobody can import it, and there is nothing to warm.
             continue
+    if names:
+        _preload_hidden()
     folder = os.environ.get("MPLCONFIGDIR")
     if folder and folder != config_dir:
         # matplotlib made it, because root has no home here, and each child would try to remove it at its end.
@@ -124,6 +127,21 @@ def _preload(names: List[str]) -> None:
             os.rmdir(folder)
         except OSError:
             return
+
+
+def _preload_hidden() -> None:
+    """Imports what contexts need and takes it out of sight again: a library that finds IPython among the
+    modules takes every run for a notebook."""
+    before = set(sys.modules)
+    try:
+        with warnings.catch_warnings():  # restores the filters
+            importlib.import_module("e80_agent.notebook")
+    except ImportError:
+        pass  # an image without IPython: its contexts will say so
+    standard: FrozenSet[str] = getattr(sys, "stdlib_module_names", frozenset())
+    for name in set(sys.modules) - before:
+        if name.partition(".")[0] not in standard:
+            runner.hidden[name] = sys.modules.pop(name)
 
 
 def _resident_kb() -> int:

@@ -6,7 +6,6 @@ Everything here runs in the child. What it writes to the error channel is as unt
 from __future__ import annotations
 
 import atexit
-import json
 import linecache
 import marshal
 import os
@@ -19,7 +18,7 @@ import traceback
 import types
 from typing import Any, Dict, List, NoReturn
 
-from e80_agent import tenant
+from e80_agent import channel, failure, protocol, serve, tenant
 from e80_agent.fork import receive_fds
 
 try:
@@ -30,14 +29,13 @@ except ImportError:  # python3-minimal has no ctypes
 ERROR_FD = 3
 _START_FD = 4
 FILENAME = "<code>"
-# In characters; a character takes at most six bytes of JSON, and the agent keeps 256 KiB of it.
-_MAX_TRACEBACK = 24 * 1024
-_MAX_VALUE = 8 * 1024
-_MAX_NAME = 200
 _PR_SET_DUMPABLE = 4
 _LIBC = ctypes.CDLL(None) if ctypes else None
 
 REQUEST = struct.Struct(">II")
+
+# What a parent has imported for contexts alone: in other children it is as if it were not there.
+hidden: Dict[str, types.ModuleType] = {}
 
 
 def pack_request(header: Dict[str, Any], code: bytes) -> bytes:
@@ -72,17 +70,30 @@ def child(sock: socket.socket) -> None:
     header_size, code_size = REQUEST.unpack(prefix)
     header = marshal.loads(_read(sock, header_size))
     code = _read(sock, code_size)
+    context = header.get("context")
     tenant.keep_only([*fds, sock.detach()])
     try:
         _become_tenant(header)
         os.chdir(header["cwd"])
     except OSError as error:
+        if context is not None:
+            _report_start(len(fds), error, header["cwd"])
+            os._exit(127)
         # The agent reads this when it sees the exit. Closing without a word means that all is well.
         os.write(_START_FD, (error.strerror or "unknown error").encode())
         os._exit(127)
+    if context is not None:
+        _set_up_python(header)
+        sys.modules.update(hidden)
+        serve.serve(context, len(fds))
     os.close(_START_FD)
     _set_up_python(header)
     run(code)
+
+
+def _report_start(channel_fd: int, error: OSError, cwd: str) -> None:
+    reason = "cwd_not_found cwd %r: %s" % (cwd, error.strerror or "unknown error")
+    os.write(channel_fd, protocol.pack_record(channel.FAULT, reason.encode("utf-8", "replace")))
 
 
 def fresh(code_fd: int) -> None:
@@ -189,28 +200,16 @@ def _exit_status(error: SystemExit) -> int:
 
 def _report(error: BaseException) -> None:
     """The traceback, from the tenant's first frame on: on stderr, and as data on the error channel."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_frame.f_code.co_filename != FILENAME:
-        trace = trace.tb_next
-    text = "".join(traceback.format_exception(type(error), error, trace))
+    text = failure.traceback_of(error, FILENAME.__eq__)
     try:
         if sys.excepthook is sys.__excepthook__:
             sys.stderr.write(text)
         else:
-            sys.excepthook(type(error), error, trace)
+            sys.excepthook(type(error), error, failure.theirs(error, FILENAME.__eq__))
         sys.stderr.flush()
     except Exception:
         _write(2, text.encode("utf-8", "backslashreplace"))
-    try:
-        value = str(error)
-    except Exception:
-        value = "<str() of the exception failed>"
-    fact = {
-        "name": type(error).__name__[:_MAX_NAME],
-        "value": value[:_MAX_VALUE],
-        "traceback": text[-_MAX_TRACEBACK:],
-    }
-    _write(ERROR_FD, json.dumps(fact, ensure_ascii=False).encode("utf-8", "replace"))
+    _write(ERROR_FD, failure.pack(error, text))
 
 
 def _write(fd: int, data: bytes) -> None:

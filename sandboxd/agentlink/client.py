@@ -4,6 +4,7 @@ A stream of records survives the loss of its connection: it is taken up again, b
 """
 
 import asyncio
+import signal
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any, Literal
 
 from e80_agent import protocol
 
+from sandboxd.agentlink.contexts import Contexts
 from sandboxd.agentlink.errors import AgentRefusedError, LinkBrokenError, UnknownExecError
 from sandboxd.agentlink.exec_log import Event, base_of, parse_event, read_log
 from sandboxd.agentlink.files import Files
@@ -39,6 +41,8 @@ MAX_LOSSES = 5
 OVERTIME_S = 30.0
 # What a log may hold beyond its output: the records' heads, the tenant's exception, the outcome.
 LOG_EXTRA = 1024 * 1024
+# And the rich results of a call in a context.
+RESULTS_EXTRA = 9 * 1024 * 1024
 MAX_LOG = 32 * 1024 * 1024
 
 
@@ -106,6 +110,7 @@ class Agent:
         self._dial = dial
         self._protocol: int | None = None
         self.files = Files(dial)
+        self.contexts = Contexts(dial)
 
     async def hello(self, timeout_s: float = CALL_TIMEOUT_S) -> Hello:
         reply = await self._call({"op": "hello"}, timeout_s)
@@ -134,6 +139,13 @@ class Agent:
         too late."""
         header = {"op": "signal", "id": exec_id, "signal": number}
         return (await self._call(header, CALL_TIMEOUT_S)).get("delivered") is True
+
+    async def cancel(self, exec_id: str) -> None:
+        """Ends the exec as its deadline would: with all it started; a call in a context by an interrupt, and
+        with its context if it goes on all the same."""
+        # Agents that know nothing of `cancel` know what to do with the signal.
+        header = {"op": "signal", "id": exec_id, "signal": int(signal.SIGKILL), "cancel": True}
+        await self._call(header, CALL_TIMEOUT_S)
 
     async def stdin(self, exec_id: str, data: bytes, offset: int | None, close: bool) -> tuple[int, bool]:
         """Hands on input to an exec whose stdin is open, as much as there is room for, 256 KiB at most: waits
@@ -165,7 +177,7 @@ class Agent:
     async def start(self, request: ExecRequest) -> AsyncGenerator[tuple[Event, int]]:
         """Like `run`; with each event comes the offset in the exec's log where it ends."""
         header: dict[str, Any] = {
-            "op": "command" if request.code is None else "python",
+            "op": _operation(request),
             "id": request.id,
             "env": request.env,
             "cwd": request.cwd,
@@ -175,7 +187,10 @@ class Agent:
             "stream": request.stream,
         }
         body = request.stdin
-        if request.code is not None:
+        if request.context is not None and request.code is not None:
+            header["context"] = request.context
+            body = request.code
+        elif request.code is not None:
             header.update(code_size=len(request.code), fresh=request.fresh)
             body = request.code + request.stdin
         else:
@@ -184,8 +199,11 @@ class Agent:
         if request.fingerprint is not None:
             header.update(fingerprint=request.fingerprint, resume=True)
         header["body"] = len(body)
-        limit_s = None if request.timeout_s is None else request.timeout_s + OVERTIME_S
-        max_log = None if request.ring else request.output_limit + LOG_EXTRA
+        # Behind other calls its time begins at some time that only the agent knows.
+        endless = request.timeout_s is None or request.context is not None
+        limit_s = None if endless else (request.timeout_s or 0) + OVERTIME_S
+        room = LOG_EXTRA if request.context is None else LOG_EXTRA + RESULTS_EXTRA
+        max_log = None if request.ring else request.output_limit + room
         async with aclosing(self._follow(request.id, 0, header, body, limit_s, max_log)) as events:
             async for event in events:
                 yield event
@@ -309,6 +327,12 @@ class Agent:
 
     async def _call(self, header: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         return await call(self._dial, header, timeout_s)
+
+
+def _operation(request: ExecRequest) -> str:
+    if request.code is None:
+        return "command"
+    return "python" if request.context is None else "context_exec"
 
 
 def _attach_header(exec_id: str, offset: int) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def check(reply: dict[str, Any]) -> dict[str, Any]:
 
 async def read_record(stream: Stream) -> tuple[int, bytes]:
     kind, size = protocol.RECORD.unpack(await stream.reader.readexactly(protocol.RECORD.size))
-    if size > protocol.MAX_RECORD:
+    if size > (protocol.MAX_RESULT if kind == protocol.RECORD_RESULT else protocol.MAX_RECORD):
         raise LinkBrokenError(f"the agent sent a record of {size} bytes, over the cap")
     return kind, await stream.reader.readexactly(size)
 

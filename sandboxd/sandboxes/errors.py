@@ -116,6 +116,17 @@ class BusyError(SandboxdError):
         super().__init__(f"{message}; wait for one to end and try again.", headers={"Retry-After": "1"})
 
 
+class ContextNotFoundError(NotFoundError):
+    code = "context_not_found"
+
+    def __init__(self, context_id: str) -> None:
+        super().__init__(f"There is no context {context_id[:64]!r} in this sandbox.", param="context_id")
+
+
+class ContextBusyError(BusyError):
+    code = "context_busy"
+
+
 class FollowersError(BusyError):
     code = "too_many_followers"
 

@@ -6,7 +6,19 @@ from typing import Any, Dict
 
 from e80_agent.agent import Agent
 from e80_agent.link import Connection
-from e80_agent.ops import attach, command, files, hello, python, resize, signals, stdin, timers, warm
+from e80_agent.ops import (
+    attach,
+    command,
+    contexts,
+    files,
+    hello,
+    python,
+    resize,
+    signals,
+    stdin,
+    timers,
+    warm,
+)
 
 OPERATIONS = {
     "hello": hello.hello,
@@ -18,6 +30,12 @@ OPERATIONS = {
     "resize": resize.resize,
     "warm": warm.warm,
     "timers": timers.timers,
+    "context_create": contexts.create,
+    "context_list": contexts.list_all,
+    "context_restart": contexts.restart,
+    "context_interrupt": contexts.interrupt,
+    "context_delete": contexts.delete,
+    "context_exec": contexts.run_in_context,
     "read_file": files.read_file,
     "write_file": files.write_file,
 }
