@@ -154,7 +154,7 @@ def create_app(settings: Settings) -> FastAPI:
         max_body_bytes=settings.max_body_mb * 1024 * 1024,
     )
     # First, because routes are tried in this order, and an exec is what clients feel.
-    app.include_router(make_exec_router(services.sandboxes, services.execs))
+    app.include_router(make_exec_router(services.sandboxes, services.execs, services.identity))
     app.include_router(make_contexts_router(services.sandboxes, ContextService(services.clock)))
     app.include_router(_make_operations_router(services))
     app.include_router(make_identity_router(services.identity))
@@ -298,6 +298,7 @@ def _start_jobs(services: Services) -> None:
     tasks.every(
         GAUGE_INTERVAL_S, "sandboxes.gauges", Gauges(services.db, services.metrics, lifecycle.node_id).tick
     )
+    tasks.every(events.POLL_INTERVAL_S, "execs.followers", services.execs.tick)
     tasks.start("execs.history", services.execs.history.batch.run())
     retention = Retention(services.db, services.clock, services.settings.history_days)
     tasks.every(RETENTION_INTERVAL_S, "sandboxes.retention", retention.tick)

@@ -223,6 +223,30 @@ class Agent:
             async for item in events:
                 yield item
 
+    async def wait(self, exec_id: str) -> list[Event]:
+        """What the exec's log ends with, once it has ended: its exception, if there was one, and its Outcome.
+        Costs nothing while it runs, however much it writes. Raises UnknownExecError."""
+        loop = asyncio.get_running_loop()
+        losses = 0
+        while True:
+            began_at = loop.time()
+            try:
+                reply = await call(self._dial, {"op": "wait", "id": exec_id}, None)
+                break
+            except AgentRefusedError as error:
+                if error.agent_code != "unknown_exec":
+                    raise
+                raise UnknownExecError(f"the agent no longer knows exec {exec_id}") from error
+            except LinkBrokenError:
+                losses = 1 if loop.time() - began_at > OVERTIME_S else losses + 1
+                if losses > MAX_LOSSES:
+                    raise
+        events = [parse_event(protocol.RECORD_END, text(reply.get("end"), protocol.MAX_RECORD).encode())]
+        if reply.get("error") is not None:
+            error_record = text(reply["error"], protocol.MAX_RECORD).encode()
+            events.insert(0, parse_event(protocol.RECORD_ERROR, error_record))
+        return events
+
     async def read_log(self, exec_id: str) -> list[Event] | None:
         """What the exec has written so far, with its Outcome if it has ended; None when the agent has no log
         of it."""

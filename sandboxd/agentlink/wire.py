@@ -19,11 +19,11 @@ Dial = Callable[[float], Awaitable[Stream]]
 
 
 async def call(
-    dial: Dial, header: dict[str, Any], timeout_s: float = CALL_TIMEOUT_S, body: bytes = b""
+    dial: Dial, header: dict[str, Any], timeout_s: float | None = CALL_TIMEOUT_S, body: bytes = b""
 ) -> dict[str, Any]:
-    """One request with one answer, which says ok. Raises AgentRefusedError, LinkBrokenError, and what `dial`
-    raises."""
-    stream = await dial(timeout_s)
+    """One request with one answer, which says ok; without a time the answer may come whenever. Raises
+    AgentRefusedError, LinkBrokenError, and what `dial` raises."""
+    stream = await dial(CALL_TIMEOUT_S if timeout_s is None else timeout_s)
     done = False
     try:
         async with asyncio.timeout(timeout_s):
@@ -56,19 +56,24 @@ async def read_answer(stream: Stream) -> dict[str, Any] | None:
         return None
 
 
-async def send_chunks(stream: Stream, chunks: AsyncIterable[bytes], answer: asyncio.Future[Any]) -> None:
+async def send_chunks(
+    stream: Stream,
+    chunks: AsyncIterable[bytes],
+    answer: asyncio.Future[Any],
+    timeout_s: float = CALL_TIMEOUT_S,
+) -> None:
     """Sends the data unless the agent answers before its end: then there is an error to be read."""
     try:
         async for chunk in chunks:
             for start in range(0, len(chunk), WRITE_CHUNK):
                 write_record(stream, protocol.RECORD_DATA, chunk[start : start + WRITE_CHUNK])
                 # Waits for the agent only, not for the client: that one may be as slow as it likes.
-                async with asyncio.timeout(CALL_TIMEOUT_S):
+                async with asyncio.timeout(timeout_s):
                     await stream.writer.drain()
             if answer.done():
                 return
         write_record(stream, protocol.RECORD_END, b"")
-        async with asyncio.timeout(CALL_TIMEOUT_S):
+        async with asyncio.timeout(timeout_s):
             await stream.writer.drain()
     except ConnectionError:
         # The agent hung up: its last word, if there is one, says why.

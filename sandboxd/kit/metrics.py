@@ -58,6 +58,17 @@ class Metrics:
             "Executions missing in the history, because the store could not be written.",
             registry=self.registry,
         )
+        self.exec_feeds = Gauge(
+            "sandboxd_exec_feeds", "Executions whose events are followed.", registry=self.registry
+        )
+        self.exec_followers = Gauge(
+            "sandboxd_exec_followers", "Clients that follow events of executions.", registry=self.registry
+        )
+        self.exec_gaps = Counter(
+            "sandboxd_exec_gaps",
+            "Followers who were too late for some of an execution's events.",
+            registry=self.registry,
+        )
         self.reaper_actions = Counter(
             "sandboxd_reaper_actions",
             "What the reaper and the reconciler did, by action.",

@@ -65,6 +65,12 @@ def sse_response(events: Events) -> "EventStream":
     return EventStream(_numbered(events))
 
 
+def resumable_response(chunks: AsyncGenerator[tuple[int, bytes]]) -> "EventStream":
+    """Stream events that are encoded already, each chunk with the number of its last one. When `chunks`
+    fails, the last event is an `error`, without an id."""
+    return EventStream(_guarded(chunks))
+
+
 async def _numbered(events: Events) -> Chunks:
     number = 0
     try:
@@ -75,14 +81,27 @@ async def _numbered(events: Events) -> Chunks:
             yield sse_event(type_, number, **data)
             number += 1
     except (Exception, asyncio.CancelledError) as error:  # border of a request whose head is sent
-        yield error_event(error, number)
+        yield _error_event(error, number)
         if isinstance(error, asyncio.CancelledError):
             raise
     finally:
         await events.aclose()
 
 
-def error_event(error: BaseException, number: int) -> bytes:
+async def _guarded(chunks: AsyncGenerator[tuple[int, bytes]]) -> Chunks:
+    number = -1
+    try:
+        async for number, chunk in chunks:  # noqa: B007  # the last one is needed below
+            yield chunk
+    except (Exception, asyncio.CancelledError) as error:  # border of a request whose head is sent
+        yield _error_event(error, number + 1)
+        if isinstance(error, asyncio.CancelledError):
+            raise
+    finally:
+        await chunks.aclose()
+
+
+def _error_event(error: BaseException, number: int) -> bytes:
     """The last event of a stream that failed: it must not seem to have ended well."""
     if isinstance(error, asyncio.CancelledError):
         # The drain is over, or the client is gone; in the first case it still reads this.

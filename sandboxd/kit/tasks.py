@@ -27,6 +27,11 @@ class TaskOwner:
     ) -> None:
         await self.close()
 
+    @property
+    def closed(self) -> bool:
+        """Whether nothing can be started any more."""
+        return self._closed
+
     def start(self, name: str, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Run `work` in a task. Its failure is logged; await the returned task to see it as well."""
         if self._closed:

@@ -62,6 +62,58 @@ class ExecResultGoneError(ConflictError):
         )
 
 
+class ExecOutputGoneError(NotFoundError):
+    """Nothing to replay: the sandbox no longer has what the exec wrote."""
+
+    code = "exec_output_gone"
+
+    def __init__(self, exec_id: str, status: str) -> None:
+        super().__init__(
+            f"Exec {exec_id} has ended ({status}) and its output is no longer kept. "
+            f"GET .../execs/{exec_id} has the rest of its result.",
+            param="exec_id",
+        )
+
+
+class StdinClosedError(ConflictError):
+    code = "stdin_closed"
+
+    def __init__(self, exec_id: str, why: str) -> None:
+        super().__init__(
+            f"The stdin of exec {exec_id} is closed: {why}. Start an exec with 'stdin_open' to write to it.",
+            param="exec_id",
+        )
+
+
+class StdinFullError(ConflictError):
+    code = "stdin_full"
+
+    def __init__(self, exec_id: str, taken: int, size: int, waited_s: float) -> None:
+        super().__init__(
+            f"Exec {exec_id} has not read its stdin for {waited_s:g} s: {taken} bytes of 'data' were taken, "
+            f"{size} in all. Send the rest with 'offset' {size} when it reads again.",
+            param="data",
+        )
+
+
+class StdinOffsetError(BadRequestError):
+    def __init__(self, offset: int, size: int) -> None:
+        super().__init__(
+            f"'offset' {offset} is beyond the {size} bytes that stdin was given so far; send those first.",
+            param="offset",
+        )
+
+
+class NoTerminalError(ConflictError):
+    code = "no_terminal"
+
+    def __init__(self, exec_id: str) -> None:
+        super().__init__(
+            f"Exec {exec_id} has no terminal, or has ended. Start a command with 'pty' to have one.",
+            param="exec_id",
+        )
+
+
 class LimitError(BadRequestError):
     """A size or time outside of what this server allows; the message names value and range."""
 
@@ -129,6 +181,25 @@ class ContextBusyError(BusyError):
 
 class FollowersError(BusyError):
     code = "too_many_followers"
+
+
+class FilesBusyError(BusyError):
+    code = "too_many_file_operations"
+
+
+class RangeError(SandboxdError):
+    """A part of a file that begins behind its end."""
+
+    status = 416
+    type = "invalid_request_error"
+    code = "range_not_satisfiable"
+
+    def __init__(self, size: int) -> None:
+        super().__init__(
+            f"The file has {size} bytes, and the range asked for is behind them.",
+            param="Range",
+            headers={"Content-Range": f"bytes */{size}", "Accept-Ranges": "bytes"},
+        )
 
 
 class DiskFullError(SandboxdError):

@@ -1,17 +1,14 @@
 """Runs code and commands in a sandbox and tells what came of it: at the end, as it happens, or later."""
 
-import hashlib
-import json
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
 
 from sandboxd.agentlink.client import ExecRequest
 from sandboxd.agentlink.errors import AgentRefusedError, LinkBrokenError
-from sandboxd.agentlink.exec_log import Event, Output, Started
+from sandboxd.agentlink.exec_log import Event, Outcome, Output, Started
 from sandboxd.identity.errors import IdempotencyConflictError
 from sandboxd.kit.clock import Clock
 from sandboxd.kit.errors import SandboxdError
@@ -24,12 +21,17 @@ from sandboxd.runtimes.base import Runtime
 from sandboxd.runtimes.errors import AgentUnreachableError
 from sandboxd.sandboxes.errors import (
     ExecNotFoundError,
+    ExecOutputGoneError,
     ExecResultGoneError,
     LimitError,
     SandboxPausedError,
 )
-from sandboxd.sandboxes.exec_progress import Progress
-from sandboxd.sandboxes.exec_result import Decoder, Run, add_refusal, refused, result_of
+from sandboxd.sandboxes.exec_feed import Allowed, Chunks, Feeds, started
+from sandboxd.sandboxes.exec_input import ExecInput
+from sandboxd.sandboxes.exec_progress import Entry, Progress
+from sandboxd.sandboxes.exec_request import HOMES, NewExec
+from sandboxd.sandboxes.exec_result import Run, add_refusal, refused, result_of
+from sandboxd.sandboxes.exec_stream import STARTED, Teller, Told
 from sandboxd.sandboxes.history import History
 from sandboxd.sandboxes.live import LiveSandbox, LiveSandboxes
 from sandboxd.sandboxes.models import Exec
@@ -37,30 +39,8 @@ from sandboxd.sandboxes.states import ExecStatus
 
 log = structlog.get_logger(__name__)
 
-HOME = "/home/user"
 # A repeated request may come so long after its exec lost the last one that followed it.
 RETRY_GRACE_S = 30.0
-
-Events = AsyncGenerator[tuple[str, Mapping[str, Any]]]
-
-
-@dataclass(frozen=True, slots=True)
-class NewExec:
-    """What a client wants to run: Python `code`, or a `command` as argv or as text for `bash -lc`."""
-
-    code: str | None = None
-    command: str | list[str] | None = None
-    cwd: str = HOME
-    env: dict[str, str] = field(default_factory=dict)
-    stdin: str = ""
-    timeout_s: float | None = None
-    stream: bool = False
-    fresh: bool = False
-
-    def fingerprint(self) -> str:
-        """Equal for requests that would run the same thing, however they want to be told of it."""
-        said = [self.code, self.command, self.cwd, self.env, self.stdin, self.timeout_s, self.fresh]
-        return hashlib.sha256(json.dumps(said, sort_keys=True).encode("ascii")).hexdigest()
 
 
 class ExecService:
@@ -95,34 +75,75 @@ class ExecService:
             history=history,
             draining=draining,
         )
+        self._feeds = Feeds(
+            metrics=metrics,
+            tasks=tasks,
+            live=live,
+            progress=self._progress,
+            draining=draining,
+            patience_s=retry_grace_s,
+        )
+        self.input = ExecInput(clock, self._progress, history)
 
     async def run(self, sandbox: LiveSandbox, wanted: NewExec, key: str | None = None) -> dict[str, Any]:
         """The result of the exec, as the API shows it; with a key, of the one exec that it stands for."""
         request = self._request(sandbox, wanted, key)
-        run = self._new_run(sandbox, request)
+        run = self._new_run(sandbox, request, wanted)
         async with aclosing(self._events(sandbox, request, run, key)) as events:
             async for _event in events:
                 continue
         return run.result()
 
-    def stream(self, sandbox: LiveSandbox, wanted: NewExec, key: str | None = None) -> Events:
+    def stream(self, sandbox: LiveSandbox, wanted: NewExec, key: str | None = None) -> Chunks:
         """Stream events: the start, each piece of output, the full result; with a key from the start of the
         exec, whenever that was. What is wrong with the request is raised here, while the answer can still
         have a status."""
         request = self._request(sandbox, wanted, key)
         self._progress.check_room(sandbox, request.id)
-        return self._stream(sandbox, request, self._new_run(sandbox, request), key)
+        return self._stream(sandbox, request, self._new_run(sandbox, request, wanted), key)
+
+    async def start(self, sandbox: LiveSandbox, wanted: NewExec, key: str | None = None) -> dict[str, Any]:
+        """Starts an exec that goes on by itself, and returns what there is of its result. Its id is in the
+        history before it runs. Raises StoreUnavailableError before anything has happened."""
+        request = self._request(sandbox, wanted, key)
+        run = self._new_run(sandbox, request, wanted)
+        entry = self._progress.join(sandbox, request, run)
+        taken = False
+        try:
+            if not entry.running:
+                await self._progress.write_down(entry)
+            was_running, entry.running = entry.running, True
+            sandbox.bytes_in += len(request.code or b"") + len(request.stdin)
+            async with aclosing(self._ask(entry, request, run, key, was_running)) as events:
+                async for event, _ in events:
+                    taken = True
+                    if isinstance(event, Started) and not event.finished:
+                        break
+        finally:
+            self._progress.leave(entry, run, None, taken)
+        if not run.ended:
+            run.status = ExecStatus.RUNNING
+        return run.result()
+
+    async def follow(
+        self, project_id: str, sandbox_id: str, exec_id: str, after: int, allowed: Allowed, *, alive: bool
+    ) -> Chunks:
+        """The events of an exec after a number (-1: from its start) to its end, for as long as the sandbox
+        has them; see `Feeds.follow`. `alive` is whether its sandbox is. Raises ExecNotFoundError,
+        ExecOutputGoneError, FollowersError."""
+        run, row = await self._find(sandbox_id, exec_id)
+        live = self._live.find(project_id, sandbox_id)
+        feed = None if live is None else await self._feeds.open(live, run)
+        if feed is None:
+            ended = row is not None and row.status != ExecStatus.RUNNING
+            unwritten = ExecStatus.LOST if alive else ExecStatus.KILLED
+            raise ExecOutputGoneError(exec_id, row.status if row is not None and ended else unwritten)
+        return self._feeds.follow(feed, after, allowed)
 
     async def get(self, project_id: str, sandbox_id: str, exec_id: str, *, alive: bool) -> dict[str, Any]:
         """The result of an exec, with its output as long as the agent keeps it, or what there is so far.
         `alive` is whether its sandbox is."""
-        entry = self._progress.find(sandbox_id, exec_id)
-        row = await self.history.find(sandbox_id, exec_id)
-        if row is None and entry is None:
-            raise ExecNotFoundError(exec_id)
-        kind = row.kind if row is not None else entry.kind if entry is not None else ""
-        started_at = row.started_at if row is not None else entry.started_at if entry is not None else 0.0
-        run = Run(exec_id, sandbox_id, kind, started_at)
+        run, row = await self._find(sandbox_id, exec_id)
         live = self._live.find(project_id, sandbox_id)
         kept = live is not None and await self._read_log(live, run)
         if kept and not run.ended:
@@ -134,12 +155,21 @@ class ExecService:
         if result["status"] == ExecStatus.RUNNING:
             result["duration_ms"] = None
         if not kept:
-            result.update(stdout=None, stderr=None)
-        return {**result, "kind": kind, "output_kept": kept}
+            result.update(stdout=None, stderr=None, results=None)
+        return {**result, "kind": run.kind, "output_kept": kept}
 
-    async def page(self, sandbox_id: str, params: PageParams) -> tuple[list[Exec], bool]:
-        """What ran in a sandbox and, of what has run for a moment, what runs in it."""
-        return await self.history.page(sandbox_id, params)
+    async def page(
+        self, sandbox_id: str, params: PageParams, status: str | None, *, alive: bool
+    ) -> tuple[list[Exec], bool]:
+        """What ran in a sandbox and what runs in it; with a status, only those that have it. `alive` is
+        whether the sandbox is."""
+        self._progress.note(sandbox_id)
+        statuses = None if status is None else {status}
+        if statuses is not None and not alive:
+            # As they are shown: see ExecEntryOut.
+            statuses -= {ExecStatus.RUNNING}
+            statuses |= {ExecStatus.RUNNING} if status == ExecStatus.KILLED else set()
+        return await self.history.page(sandbox_id, params, statuses)
 
     def take_up(self, sandbox: LiveSandbox) -> None:
         """Recovers the sandbox's execs, in a task; for a sandbox that was adopted or resumed."""
@@ -149,53 +179,93 @@ class ExecService:
         """Takes up all that an earlier process, or a pause, left running in a sandbox or without its row."""
         await self._progress.recover(sandbox)
 
+    async def tick(self) -> None:
+        """A job, once a second."""
+        await self._feeds.tick()
+
     async def close(self) -> None:
         """Writes the rows that wait. The execs go on, for the next process to take up."""
         await self.history.close()
 
-    async def _stream(self, sandbox: LiveSandbox, request: ExecRequest, run: Run, key: str | None) -> Events:
-        decoders = {False: Decoder("exec.stdout.delta"), True: Decoder("exec.stderr.delta")}
-        told = key is None
-        if told:
-            yield "exec.started", _started(run)
+    async def _find(self, sandbox_id: str, exec_id: str) -> tuple[Run, Exec | None]:
+        """What is known of an exec, as a run that has nothing of its log yet, and its row."""
+        entry = self._progress.find(sandbox_id, exec_id)
+        row = await self.history.find(sandbox_id, exec_id)
+        if row is not None:
+            run = Run(
+                exec_id,
+                sandbox_id,
+                row.kind,
+                row.started_at,
+                title=row.title,
+                context_id=row.context_id,
+                background=row.background,
+            )
+            return run, row
+        if entry is None:
+            raise ExecNotFoundError(exec_id)
+        return entry.new_run(keep_output=True), None
+
+    async def _stream(self, sandbox: LiveSandbox, request: ExecRequest, run: Run, key: str | None) -> Chunks:
+        teller = Teller()
+        begun = key is None
+        has_end = False
+        if begun:
+            yield 0, Told(0, STARTED, started(run)).encoded()
         async with aclosing(self._events(sandbox, request, run, key)) as events:
-            async for event in events:
-                if not told:
+            async for event, end in events:
+                if not begun:
                     # Only now its start is known: it may have been long ago.
-                    told = True
-                    yield "exec.started", _started(run)
-                if isinstance(event, Output):
-                    for delta in decoders[event.is_stderr].feed(event.data):
-                        yield delta
-        if not told:
-            yield "exec.started", _started(run)
-        for decoder in decoders.values():
-            for delta in decoder.end():
-                yield delta
-        yield "exec.completed", {"exec": run.result()}
+                    begun = True
+                    yield 0, Told(0, STARTED, started(run)).encoded()
+                has_end = has_end or (end is not None and isinstance(event, Outcome))
+                if end is not None:
+                    told = list(teller.tell(event, end))
+                else:
+                    told = list(teller.refuse(event)) if isinstance(event, Output) else []
+                if told:
+                    yield told[-1].number, b"".join(item.encoded() for item in told)
+        if not begun:
+            yield 0, Told(0, STARTED, started(run)).encoded()
+        for item in teller.complete(run.result(), has_end=has_end):
+            yield item.number, item.encoded()
 
     async def _events(
         self, sandbox: LiveSandbox, request: ExecRequest, run: Run, key: str | None
-    ) -> AsyncGenerator[Event]:
+    ) -> AsyncGenerator[tuple[Event, int | None]]:
         """Adds each event to `run` and yields it."""
         entry = self._progress.join(sandbox, request, run)
         was_running, entry.running = entry.running, True
         sandbox.bytes_in += len(request.code or b"") + len(request.stdin)
         taken = False
         try:
-            async with aclosing(sandbox.agent.run(request)) as events:
-                async for event in events:
-                    run.add(event)
+            async with aclosing(self._ask(entry, request, run, key, was_running)) as events:
+                async for item in events:
                     taken = True
+                    yield item
+        finally:
+            self._progress.leave(entry, run, self._patience_s(key), taken)
+
+    async def _ask(
+        self, entry: Entry, request: ExecRequest, run: Run, key: str | None, was_running: bool
+    ) -> AsyncGenerator[tuple[Event, int | None]]:
+        """Sends the request to the agent; adds each event to `run` and yields it with its end in the log,
+        which a refusal is not in."""
+        sandbox = entry.sandbox
+        try:
+            async with aclosing(sandbox.agent.start(request)) as events:
+                async for item in events:
+                    event = item[0]
+                    run.add(event)
                     if isinstance(event, Started):
                         entry.started_at = run.started_at
                         entry.replayed = entry.replayed or (event.finished and not was_running)
-                    yield event
+                    yield item
         except AgentRefusedError as error:
             entry.running = was_running
             for event in await self._refused(error, sandbox, request.id, key):
                 run.add(event)
-                yield event
+                yield event, None
         except AgentUnreachableError as error:
             # It was never asked: a connection that is lost later is another error.
             entry.running = was_running
@@ -203,18 +273,14 @@ class ExecService:
                 raise SandboxPausedError(sandbox.id) from error
             raise
         except LinkBrokenError as error:
-            run.status = self._progress.fate(entry, error)
+            run.status = self._progress.fate(sandbox, entry.id, error)
             if run.status is None:
                 raise SandboxPausedError(sandbox.id) from error
-        finally:
-            self._progress.leave(entry, run, self._patience_s(request, key), taken)
 
-    def _patience_s(self, request: ExecRequest, key: str | None) -> float | None:
-        """How long an exec that its request has left may go on; None for to its end."""
-        if key is not None:
-            return self._retry_grace_s
-        # Without a key nobody could ever see the rest of a stream. A plain request is only left by a drain.
-        return 0.0 if request.stream else None
+    def _patience_s(self, key: str | None) -> float:
+        """How long an exec that its request has left may go on; nothing ends when it is the daemon's own end
+        that made the request leave."""
+        return 0.0 if key is None else self._retry_grace_s
 
     async def _read_log(self, sandbox: LiveSandbox, run: Run) -> bool:
         """Adds what the agent has of the exec to `run`; False if that is nothing."""
@@ -241,34 +307,56 @@ class ExecService:
             raise ExecResultGoneError(exec_id, None if row is None else row.status) from error
         return refused(error)
 
-    def _new_run(self, sandbox: LiveSandbox, request: ExecRequest) -> Run:
-        kind = "command" if request.code is None else "code"
-        return Run(request.id, sandbox.id, kind, self._clock.now())
-
-    def _request(self, sandbox: LiveSandbox, wanted: NewExec, key: str | None) -> ExecRequest:
-        timeout_s = wanted.timeout_s if wanted.timeout_s is not None else self._settings.exec_timeout_s
-        if timeout_s > self._settings.max_exec_timeout_s:
-            raise LimitError(
-                f"timeout_s {timeout_s:g}: the limit here is {self._settings.max_exec_timeout_s:g}",
-                param="timeout_s",
-            )
-        command = wanted.command
-        argv = ("bash", "-lc", command) if isinstance(command, str) else tuple(command or ())
-        return ExecRequest(
-            id=new_id("exec") if key is None else derived_id("exec", sandbox.project_id, sandbox.id, key),
-            env={**sandbox.env, **wanted.env} if wanted.env else sandbox.env,
-            cwd=wanted.cwd if wanted.cwd.startswith("/") else f"{HOME}/{wanted.cwd}",
-            timeout_s=timeout_s,
-            output_limit=self._settings.exec_output_mb * 1024 * 1024,
-            spool_limit=self._settings.exec_spool_mb * 1024 * 1024,
-            stream=wanted.stream,
-            stdin=wanted.stdin.encode(),
-            code=None if wanted.code is None else wanted.code.encode(),
-            argv=argv,
-            fresh=wanted.fresh,
-            fingerprint=None if key is None else wanted.fingerprint(),
+    def _new_run(self, sandbox: LiveSandbox, request: ExecRequest, wanted: NewExec) -> Run:
+        return Run(
+            request.id,
+            sandbox.id,
+            "command" if wanted.code is None else "code",
+            self._clock.now(),
+            title=wanted.title(),
+            context_id=wanted.context,
+            background=wanted.background,
         )
 
+    def _request(self, sandbox: LiveSandbox, wanted: NewExec, key: str | None) -> ExecRequest:
+        env = {**sandbox.env, **wanted.env} if wanted.env else sandbox.env
+        if wanted.pty is not None:
+            env = {"TERM": wanted.pty.term, **env}
+        home = HOMES[wanted.user]
+        cwd = home if wanted.cwd is None else wanted.cwd
+        exec_id = new_id("exec") if key is None else derived_id("exec", sandbox.project_id, sandbox.id, key)
+        fingerprint = None if key is None else wanted.fingerprint()
+        if wanted.background and fingerprint is None:
+            # Nobody can repeat it; but the agent tells of the start of those only that have one.
+            fingerprint = exec_id
+        return ExecRequest(
+            id=exec_id,
+            env=env,
+            cwd=cwd if cwd.startswith("/") else f"{home}/{cwd}",
+            timeout_s=self._timeout_s(wanted),
+            output_limit=self._settings.exec_output_mb * 1024 * 1024,
+            spool_limit=0 if wanted.background else self._settings.exec_spool_mb * 1024 * 1024,
+            stream=wanted.stream or wanted.background,
+            stdin=wanted.stdin.encode(),
+            code=None if wanted.code is None or wanted.runs_bash else wanted.code.encode(),
+            argv=wanted.argv(),
+            fresh=wanted.fresh,
+            fingerprint=fingerprint,
+            user=wanted.user,
+            stdin_open=wanted.stdin_open,
+            pty=None if wanted.pty is None else (wanted.pty.rows, wanted.pty.cols),
+            ring=wanted.background,
+            context=wanted.context,
+        )
 
-def _started(run: Run) -> dict[str, Any]:
-    return {"exec": {"id": run.id, "sandbox_id": run.sandbox_id, "started_at": run.started_at}}
+    def _timeout_s(self, wanted: NewExec) -> float | None:
+        if wanted.timeout_s is None:
+            return None if wanted.background else self._settings.exec_timeout_s
+        limit = float(self._settings.max_exec_timeout_s)
+        if wanted.background:
+            limit = max(limit, self._settings.max_timeout_s)
+        if wanted.timeout_s > limit:
+            raise LimitError(
+                f"timeout_s {wanted.timeout_s:g}: the limit here is {limit:g}", param="timeout_s"
+            )
+        return wanted.timeout_s

@@ -1,11 +1,10 @@
 """The execs in progress: one entry each, however many requests follow it.
 
-An exec that no request follows any more is kept: followed to its end by a task, so that the history gets its
-row. What an earlier process left running is taken up in the same way.
+An exec that no request follows any more is kept: a task waits for its end, so that the history gets its row.
+What an earlier process left running is taken up in the same way.
 """
 
 import asyncio
-import signal
 from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from sandboxd.sandboxes.errors import BusyError
 from sandboxd.sandboxes.exec_result import Run, add_refusal
 from sandboxd.sandboxes.history import History
 from sandboxd.sandboxes.live import LiveSandbox, LiveSandboxes
+from sandboxd.sandboxes.models import Exec
 from sandboxd.sandboxes.states import ExecStatus
 
 log = structlog.get_logger(__name__)
@@ -48,6 +48,13 @@ class Entry:
     sandbox: LiveSandbox
     kind: str
     started_at: float
+    title: str = ""
+    context_id: str | None = None
+    background: bool = False
+    # Whether a request with its Idempotency-Key may come back for it.
+    keyed: bool = False
+    # Counted as a server: it has no deadline.
+    endless: bool = False
     timers: list[asyncio.TimerHandle] = field(default_factory=list)
     over: asyncio.Event = field(default_factory=asyncio.Event)
     followers: int = 0
@@ -59,6 +66,18 @@ class Entry:
     keeper: asyncio.Task[None] | None = None
     # On the loop's clock: when an exec that nobody follows is ended; None for never.
     end_at: float | None = None
+
+    def new_run(self, *, keep_output: bool = False) -> Run:
+        return Run(
+            self.id,
+            self.sandbox.id,
+            self.kind,
+            self.started_at,
+            title=self.title,
+            context_id=self.context_id,
+            background=self.background,
+            keep_output=keep_output,
+        )
 
 
 class Progress:
@@ -101,12 +120,40 @@ class Progress:
         self.check_room(sandbox, request.id)
         entry = self._entries.get(request.id)
         if entry is None:
-            entry = self._open(sandbox, request.id, run.kind, run.started_at, request.timeout_s)
-        if entry.keeper is not None:
-            entry.keeper.cancel()
-            entry.keeper = None
-        entry.followers += 1
+            entry = Entry(
+                request.id,
+                sandbox,
+                run.kind,
+                run.started_at,
+                title=run.title,
+                context_id=run.context_id,
+                background=run.background,
+                keyed=request.fingerprint is not None,
+                endless=request.timeout_s is None,
+            )
+            self._open(entry, request.timeout_s)
+        self._join(entry)
         return entry
+
+    def follow(self, sandbox: LiveSandbox, exec_id: str) -> Entry | None:
+        """Joins an exec in progress that goes on as long as somebody follows it; None for any other."""
+        entry = self.find(sandbox.id, exec_id)
+        if entry is None or not entry.running or not (entry.background or entry.keyed):
+            return None
+        self._join(entry)
+        return entry
+
+    def note(self, sandbox_id: str) -> None:
+        """Sees to it that the history knows all that runs in a sandbox."""
+        for entry in self._entries.values():
+            if entry.sandbox.id == sandbox_id and entry.running and not entry.noted:
+                self._note(entry)
+
+    async def write_down(self, entry: Entry) -> None:
+        """Makes an exec durable before it is started: whatever happens to this process, its id is known."""
+        if await self._history.find(entry.sandbox.id, entry.id) is None:
+            await self._history.write(self._row(entry, ExecStatus.RUNNING))
+        entry.noted = True
 
     def leave(self, entry: Entry, run: Run, patience_s: float | None, taken: bool) -> None:
         entry.followers -= 1
@@ -118,6 +165,8 @@ class Progress:
         if entry.ended or not entry.running or entry.sandbox.paused:
             self._drop(entry)
             return
+        if self._tasks.closed:
+            return  # the next process takes it up
         if taken or entry.end_at is None:
             now = asyncio.get_running_loop().time()
             entry.end_at = None if patience_s is None else now + patience_s
@@ -137,18 +186,21 @@ class Progress:
             except SandboxdError as error:
                 log.warning("exec.not_recovered", sandbox_id=sandbox.id, reason=error.message)
 
-    def _open(
-        self, sandbox: LiveSandbox, exec_id: str, kind: str, started_at: float, left_s: float | None
-    ) -> Entry:
-        entry = Entry(exec_id, sandbox, kind, started_at)
+    def _join(self, entry: Entry) -> None:
+        if entry.keeper is not None:
+            entry.keeper.cancel()
+            entry.keeper = None
+        entry.followers += 1
+
+    def _open(self, entry: Entry, left_s: float | None) -> None:
         loop = asyncio.get_running_loop()
         entry.timers.append(loop.call_later(NOTE_S, self._note, entry))
         if left_s is not None:
             # Help for an agent that does not end an exec at its deadline.
             entry.timers.append(loop.call_later(left_s + OVERDUE_S, self._overdue, entry))
-        self._entries[exec_id] = entry
-        sandbox.execs += 1
-        return entry
+        self._entries[entry.id] = entry
+        entry.sandbox.execs += 1
+        entry.sandbox.servers += entry.endless
 
     def _drop(self, entry: Entry) -> None:
         for timer in entry.timers:
@@ -156,6 +208,7 @@ class Progress:
         entry.over.set()
         self._entries.pop(entry.id, None)
         entry.sandbox.execs -= 1
+        entry.sandbox.servers -= entry.endless
         if entry.noted and not entry.ended and not entry.running:
             # It was refused, but so late that it is in the history already.
             self._history.add(self._row(entry, ExecStatus.FAILED))
@@ -181,7 +234,7 @@ class Progress:
             self._history.add(self._row(entry, ExecStatus.RUNNING))
 
     def _row(self, entry: Entry, status: ExecStatus) -> dict[str, Any]:
-        run = Run(entry.id, entry.sandbox.id, entry.kind, entry.started_at)
+        run = entry.new_run()
         run.status = status
         return run.row(entry.sandbox.project_id)
 
@@ -191,14 +244,19 @@ class Progress:
 
     async def _kept(self, entry: Entry) -> None:
         """Follows an exec that no request follows. A request that comes back cancels this and goes on."""
-        run = Run(entry.id, entry.sandbox.id, entry.kind, entry.started_at, keep_output=False)
+        run = entry.new_run()
         killer = None
         if entry.end_at is not None:
             killer = asyncio.get_running_loop().call_at(entry.end_at, self._give_up, entry)
         try:
-            async with aclosing(entry.sandbox.agent.attach(entry.id)) as events:
-                async for event in events:
+            if entry.background:
+                # What a server writes in all its life is nobody's to read here.
+                for event in await entry.sandbox.agent.wait(entry.id):
                     run.add(event)
+            else:
+                async with aclosing(entry.sandbox.agent.attach(entry.id)) as events:
+                    async for event in events:
+                        run.add(event)
         except AgentRefusedError as error:
             entry.running = False
             add_refusal(run, error)
@@ -206,7 +264,7 @@ class Progress:
             # It never came to the agent, unless we know better.
             run.status = ExecStatus.LOST if entry.noted else None
         except (LinkBrokenError, AgentUnreachableError) as error:
-            run.status = self.fate(entry, error)
+            run.status = self.fate(entry.sandbox, entry.id, error)
         finally:
             if killer is not None:
                 killer.cancel()
@@ -221,20 +279,20 @@ class Progress:
 
     async def _cancel(self, entry: Entry) -> None:
         try:
-            await entry.sandbox.agent.signal(entry.id, signal.SIGKILL)
+            await entry.sandbox.agent.cancel(entry.id)
         except SandboxdError as error:
             log.info(
                 "exec.cancel_failed", sandbox_id=entry.sandbox.id, exec_id=entry.id, reason=error.message
             )
 
-    def fate(self, entry: Entry, error: SandboxdError) -> ExecStatus | None:
+    def fate(self, sandbox: LiveSandbox, exec_id: str, error: SandboxdError) -> ExecStatus | None:
         """What became of an exec whose link is lost; None when it stands still with its sandbox."""
-        if self._live.get(entry.sandbox.id) is None:
+        if self._live.get(sandbox.id) is None:
             # With its sandbox gone the exec was ended.
             return ExecStatus.KILLED
-        if entry.sandbox.paused:
+        if sandbox.paused:
             return None
-        log.warning("exec.link_lost", sandbox_id=entry.sandbox.id, exec_id=entry.id, reason=error.message)
+        log.warning("exec.link_lost", sandbox_id=sandbox.id, exec_id=exec_id, reason=error.message)
         return ExecStatus.LOST
 
     async def _recover(self, sandbox: LiveSandbox) -> None:
@@ -244,22 +302,34 @@ class Progress:
             await sandbox.agent.timers(run=True)
         # Whatever the agent names: only what can be an id of ours comes near the store.
         known = {item.id: item for item in hello.execs if is_id(item.id)}
-        for row in await self._history.running(sandbox.id):
+        rows = {row.id: row for row in await self._history.running(sandbox.id)}
+        for row in rows.values():
             if row.id not in known and row.id not in self._entries:
                 self._history.add({**row.model_dump(), "status": str(ExecStatus.LOST)})
         ended = await self._history.ended(known)
         for item in known.values():
             if item.id in ended or item.id in self._entries:
                 continue
-            task = self._keep(self._adopt(sandbox, item))
+            task = self._keep(self._adopt(sandbox, item, rows.get(item.id)))
             if item.finished:
                 # One after the other: these are only read, and there may be many.
                 await asyncio.wait([task])
 
-    def _adopt(self, sandbox: LiveSandbox, item: Known) -> Entry:
-        started_at = self._clock.now() - item.age_s
-        entry = self._open(sandbox, item.id, item.kind, started_at, None if item.finished else item.left_s)
-        entry.running = True
+    def _adopt(self, sandbox: LiveSandbox, item: Known, row: Exec | None) -> Entry:
+        entry = Entry(
+            item.id,
+            sandbox,
+            item.kind,
+            self._clock.now() - item.age_s if row is None else row.started_at,
+            title="" if row is None else row.title,
+            context_id=None if row is None else row.context_id,
+            background=item.ring if row is None else row.background,
+            keyed=item.keyed,
+            endless=item.left_s is None and not item.finished,
+            running=True,
+            noted=row is not None,
+        )
+        self._open(entry, None if item.finished else item.left_s)
         log.info("exec.recovered", sandbox_id=sandbox.id, exec_id=item.id, finished=item.finished)
         return entry
 

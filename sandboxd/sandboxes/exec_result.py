@@ -1,15 +1,13 @@
-"""What comes of an exec, for its client and for the history: the sum of its events, text, refusals."""
+"""What comes of an exec, for its client and for the history: the sum of its events, and refusals."""
 
-import base64
-import codecs
 import signal
 import time
 from typing import Any
 
 from sandboxd.agentlink.errors import AgentRefusedError
-from sandboxd.agentlink.exec_log import Event, Failure, Outcome, Output, Started
-from sandboxd.kit.errors import BadRequestError, SandboxdError
-from sandboxd.sandboxes.errors import BusyError
+from sandboxd.agentlink.exec_log import Event, Failure, Gap, Outcome, Output, Result, Started
+from sandboxd.kit.errors import BadRequestError, ConflictError, NotFoundError, SandboxdError
+from sandboxd.sandboxes.errors import BusyError, ContextBusyError
 from sandboxd.sandboxes.models import Exec
 from sandboxd.sandboxes.states import ExecStatus
 
@@ -24,21 +22,32 @@ class Run:
     its events. One that nobody will read does without the output."""
 
     def __init__(
-        self, exec_id: str, sandbox_id: str, kind: str, started_at: float, *, keep_output: bool = True
+        self,
+        exec_id: str,
+        sandbox_id: str,
+        kind: str,
+        started_at: float,
+        *,
+        title: str = "",
+        context_id: str | None = None,
+        background: bool = False,
+        keep_output: bool = True,
     ) -> None:
         self.id = exec_id
         self.sandbox_id = sandbox_id
         self.kind = kind
         self.started_at = started_at
-        self.title = ""
-        self.context_id: str | None = None
-        self.background = False
+        self.title = title
+        self.context_id = context_id
+        self.background = background
         self.status: ExecStatus | None = None
         self.output_bytes = 0
         self._keep_output = keep_output
         self._started = time.perf_counter()
         self._stdout = bytearray()
         self._stderr = bytearray()
+        self._results: list[dict[str, Any]] = []
+        self._missed = False
         self._failure: Failure | None = None
         self._outcome: Outcome | None = None
 
@@ -55,8 +64,23 @@ class Run:
             self._failure = event
         elif isinstance(event, Outcome):
             self._outcome = event
+        elif isinstance(event, Result):
+            if self._keep_output:
+                self._results.append(event.bundle)
+        elif isinstance(event, Gap):
+            self._missed = True
+            self.output_bytes += event.missed_bytes
         elif isinstance(event, Started) and event.resumed:
             self.started_at -= event.age_s
+
+    def collect(self, event: Event) -> None:
+        """For a run that was followed without its output: adds that afterwards, and nothing else."""
+        if isinstance(event, Output):
+            (self._stderr if event.is_stderr else self._stdout).extend(event.data)
+        elif isinstance(event, Result):
+            self._results.append(event.bundle)
+        elif isinstance(event, Gap):
+            self._missed = True
 
     def result(self) -> dict[str, Any]:
         outcome, failure = self._outcome, self._failure
@@ -69,13 +93,16 @@ class Run:
             "signal": signal_name(outcome.signal) if outcome else None,
             "stdout": self._stdout.decode("utf-8", "replace"),
             "stderr": self._stderr.decode("utf-8", "replace"),
-            "truncated": outcome.truncated if outcome else False,
+            "truncated": self._missed or (outcome.truncated if outcome else False),
             "output_path": outcome.spool if outcome else None,
+            "results": self._results,
             "error": None
             if failure is None
             else {"name": failure.name, "value": failure.value, "traceback": failure.traceback},
+            "context": self.context_id,
+            "background": self.background,
             "started_at": round(self.started_at, 3),
-            "duration_ms": self.duration_ms,
+            "duration_ms": None if self.status is ExecStatus.RUNNING else self.duration_ms,
             "usage": self._usage(),
         }
 
@@ -130,7 +157,10 @@ def result_of(row: Exec, status: str) -> dict[str, Any]:
         "stderr": None,
         "truncated": row.truncated,
         "output_path": None,
+        "results": None,
         "error": error,
+        "context": row.context_id,
+        "background": row.background,
         "started_at": round(row.started_at, 3),
         "duration_ms": row.duration_ms,
         "usage": {"cpu_ms": row.cpu_ms, "max_rss_mb": row.max_rss_mb},
@@ -140,30 +170,6 @@ def result_of(row: Exec, status: str) -> dict[str, Any]:
 def _storable(exit_code: int | None) -> int | None:
     """The agent's word, as far as the column can hold it."""
     return None if exit_code is None else max(-1, min(exit_code, 2**31 - 1))
-
-
-class Decoder:
-    """Bytes as they come to text events; what is not UTF-8 goes as base64, byte for byte."""
-
-    def __init__(self, event: str) -> None:
-        self._event = event
-        self._decoder = codecs.getincrementaldecoder("utf-8")()
-
-    def feed(self, data: bytes) -> list[tuple[str, dict[str, Any]]]:
-        held = self._decoder.getstate()[0]
-        try:
-            text = self._decoder.decode(data)
-        except UnicodeDecodeError:
-            self._decoder.reset()
-            return [self._binary(held + data)]
-        return [(self._event, {"delta": text})] if text else []
-
-    def end(self) -> list[tuple[str, dict[str, Any]]]:
-        held = self._decoder.getstate()[0]
-        return [self._binary(held)] if held else []
-
-    def _binary(self, data: bytes) -> tuple[str, dict[str, Any]]:
-        return self._event, {"delta": base64.b64encode(data).decode(), "encoding": "base64"}
 
 
 def status_of(outcome: Outcome | None) -> ExecStatus:
@@ -190,6 +196,12 @@ def refused(error: AgentRefusedError) -> list[Event]:
     if code is not None:
         said = Output(is_stderr=True, data=f"{error.message}\n".encode())
         return [said, Outcome("exit", code, None, False, None, 0.0, 0.0, 0)]
+    if error.agent_code == "context_lost":
+        raise ConflictError(error.message, param="context", code="context_lost") from error
+    if error.agent_code == "unknown_context":
+        raise NotFoundError(error.message, param="context", code="context_not_found") from error
+    if error.agent_code == "context_busy":
+        raise ContextBusyError(error.message) from error
     if error.agent_code in ("busy", "start_failed"):
         # At its limit of execs, or of processes: what it runs already is in the way.
         raise BusyError(error.message) from error

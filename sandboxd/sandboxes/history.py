@@ -39,6 +39,10 @@ class History:
         """Takes a row, all columns of the table, to be written soon. One that has ended is never changed."""
         self.batch.add(row)
 
+    async def write(self, row: Row) -> None:
+        """Writes a row at once: it is in the store when this returns. Raises StoreUnavailableError."""
+        await self._upsert([row])
+
     async def close(self) -> None:
         await self.batch.close()
 
@@ -48,11 +52,15 @@ class History:
             query = select(Exec).where(Exec.id == exec_id, Exec.sandbox_id == sandbox_id)
             return (await session.exec(query)).first()
 
-    async def page(self, sandbox_id: str, params: PageParams) -> tuple[list[Exec], bool]:
+    async def page(
+        self, sandbox_id: str, params: PageParams, statuses: Iterable[str] | None = None
+    ) -> tuple[list[Exec], bool]:
         """By the time of their start: the ids of execs with a key tell nothing of it."""
         await self._catch_up()
         started, exec_id = col(Exec.started_at), col(Exec.id)
         query = select(Exec).where(Exec.sandbox_id == sandbox_id)
+        if statuses is not None:
+            query = query.where(col(Exec.status).in_([str(status) for status in statuses]))
         async with self._db.read() as session:
             if params.after is not None:
                 known = select(Exec).where(Exec.id == params.after, Exec.sandbox_id == sandbox_id)

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 from sandboxd.agentlink.client import Agent
 
+MAX_FILE_OPERATIONS = 8
+MAX_WATCHES = 4
+
 
 @dataclass(slots=True)
 class LiveSandbox:
@@ -23,13 +26,19 @@ class LiveSandbox:
     metered: "Metered"
     idle_timeout_s: float | None = None
     paused: bool = False
-    # Execs that run; a sandbox at work is not idle.
+    # Execs that run; a sandbox at work is not idle. Those without a deadline, servers for the most part, are
+    # no work by themselves: they would keep it for ever.
     execs: int = 0
+    servers: int = 0
     touched: bool = False
     # Bytes that came in for it and went out from it, and execs that ended: counted up by who serves them.
     bytes_in: int = 0
     bytes_out: int = 0
     execs_ended: int = 0
+    # Places for what is done to its files, and for watches, which last. With the execs at most as many as the
+    # link has connections.
+    file_places: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_FILE_OPERATIONS))
+    watches: int = 0
     # Held by what changes the sandbox in several steps: limits, pause, resume.
     changing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -49,7 +58,7 @@ class Idleness:
     def seconds(self, live: LiveSandbox, monotonic: float) -> float:
         """For how long it has been idle; call this often. The first call only takes note."""
         seen = (live.last_active_at, live.bytes_in, live.bytes_out)
-        if live.execs or live.paused or self._seen not in (None, seen):
+        if live.execs > live.servers or live.paused or self._seen not in (None, seen):
             self.since_s = monotonic
         self._seen = seen
         return monotonic - self.since_s

@@ -17,6 +17,7 @@ from e80_agent.ops import (
     signals,
     stdin,
     timers,
+    wait,
     warm,
 )
 
@@ -25,6 +26,7 @@ OPERATIONS = {
     "python": python.run_python,
     "command": command.run_command,
     "attach": attach.attach,
+    "wait": wait.wait,
     "signal": signals.send_signal,
     "stdin": stdin.write_stdin,
     "resize": resize.resize,
