@@ -37,6 +37,7 @@ from sandboxd.sandboxes.events import Events
 from sandboxd.sandboxes.exec import ExecService
 from sandboxd.sandboxes.exec_routes import make_exec_router
 from sandboxd.sandboxes.file_routes import make_router as make_files_router
+from sandboxd.sandboxes.files import FileService
 from sandboxd.sandboxes.forward import ForwardMiddleware
 from sandboxd.sandboxes.history import History
 from sandboxd.sandboxes.jobs import (
@@ -120,6 +121,7 @@ class Services:
     nodes: Nodes
     sandboxes: SandboxService
     execs: ExecService
+    files: FileService
     # Name -> check that raises when the part cannot serve; /readyz runs them all.
     readiness: dict[str, Callable[[], Awaitable[object]]] = field(default_factory=dict)
 
@@ -159,7 +161,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(_make_operations_router(services))
     app.include_router(make_identity_router(services.identity))
     app.include_router(make_sandboxes_router(services.sandboxes))
-    app.include_router(make_files_router(services.sandboxes))
+    app.include_router(make_files_router(services.files))
     app.include_router(
         make_activity_router(services.sandboxes, services.events, services.lifecycle.meter, services.identity)
     )
@@ -221,6 +223,7 @@ def _make_services(settings: Settings) -> Services:
         events=sandbox_events,
         nodes=Nodes(db, clock, sandbox_events, lifecycle.node_id, settings.node_url),
         sandboxes=sandboxes,
+        files=FileService(sandboxes, closing=lambda: drain.active),
         execs=ExecService(
             settings=settings,
             clock=clock,

@@ -29,7 +29,7 @@ from sandboxd.kit.paging import DEFAULT_LIMIT, MAX_LIMIT, PageParams
 log = structlog.get_logger("sandboxd.http")
 
 API_PREFIX = "/v1/"
-UNLIMITED_SUFFIXES = ("/files",)
+UNLIMITED_SUFFIXES = ("/files", "/files/archive")
 VALUE_SHOWN = 100
 TEXT_MAX_LENGTH = 2**30
 FIELD_NAME = re.compile(r"\w{1,100}")
@@ -121,6 +121,10 @@ IdempotencyKey = Annotated[
         " Printable ASCII.",
     ),
 ]
+
+
+class BrokenAnswerError(Exception):
+    """The end of an answer whose status is out: the connection has to break, and it is no fault of ours."""
 
 
 class Drain:
@@ -231,6 +235,9 @@ class RequestMiddleware:
         except ClientDisconnect:
             # It hung up in the middle of its own body: there is nobody to answer.
             log.info("client hung up", method=scope["method"], path=_shown_path(scope))
+        except BrokenAnswerError as error:
+            # The server closes the connection of an answer that did not come to its end.
+            log.warning("answer broke off", path=_shown_path(scope), reason=str(error))
         except Exception:  # border of a request
             log.exception("request failed", method=scope["method"], path=_shown_path(scope))
             # With the head already sent there is no honest end but a broken connection: the server closes it.

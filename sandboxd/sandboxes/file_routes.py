@@ -1,63 +1,195 @@
 """HTTP for the files of a sandbox."""
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
-from typing import Annotated
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from contextlib import AsyncExitStack, aclosing
+from typing import Annotated, Any
 from urllib.parse import quote
 
-from fastapi import APIRouter, Depends, Query, Response
+from fastapi import APIRouter, Depends, Header, Query, Response
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from sandboxd.identity.auth import CurrentPrincipal
-from sandboxd.kit.errors import BadRequestError
-from sandboxd.kit.http import known_query_only
-from sandboxd.sandboxes import files
-from sandboxd.sandboxes.schemas import FileOut
-from sandboxd.sandboxes.service import SandboxService
+from sandboxd.identity.service import check_project
+from sandboxd.kit.errors import SandboxdError
+from sandboxd.kit.http import BrokenAnswerError, known_query_only
+from sandboxd.sandboxes.file_schemas import (
+    DEFAULT_LIST,
+    MAX_LIST,
+    AfterBytes,
+    ChmodBody,
+    DeletedFileOut,
+    EntryListOut,
+    EntryOut,
+    FileOut,
+    MkdirBody,
+    ModeQuery,
+    MoveBody,
+    PathBytes,
+    absolute,
+    parse_mode,
+    parse_range,
+)
+from sandboxd.sandboxes.files import FileService, Target, shown
 
-FilePath = Annotated[
-    str, Query(min_length=1, max_length=4096, description="Absolute, or relative to /home/user.")
-]
+_BYTES = {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
+# It is a tenant's file on our own origin: no browser may take it for a page.
+_SAFE = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandbox"}
+_UPLOAD = {"requestBody": {"content": {"application/octet-stream": {}}, "required": True}}
+
+Recursive = Annotated[bool, Query(description="A folder with all that is in it.")]
 
 
-def make_router(sandboxes: SandboxService) -> APIRouter:
+def make_router(files: FileService) -> APIRouter:
     router = APIRouter(prefix="/v1/sandboxes", tags=["files"], dependencies=[Depends(known_query_only)])
+    _add_content(router, files)
+    _add_names(router, files)
+    return router
 
+
+def _add_content(router: APIRouter, files: FileService) -> None:
     @router.get(
         "/{sandbox_id}/files",
         response_class=StreamingResponse,
-        responses={200: {"content": {"application/octet-stream": {}}}},
+        responses={200: _BYTES, 206: {"description": "The range that was asked for", **_BYTES}},
     )
-    async def read_file(sandbox_id: str, path: FilePath, principal: CurrentPrincipal) -> Response:
-        """The file's raw bytes."""
-        sandbox = await sandboxes.running(principal.project_id, sandbox_id)
-        size, chunks = await files.read(sandbox, _checked(path))
-        name = quote(path.rsplit("/", 1)[-1], safe="")
-        headers = {
-            "Content-Length": str(size),
-            "Content-Disposition": f"attachment; filename*=UTF-8''{name}",
-            # It is a tenant's file on our own origin: no browser may take it for a page.
-            "X-Content-Type-Options": "nosniff",
-            "Content-Security-Policy": "sandbox",
-        }
-        return StreamingResponse(_exactly(size, chunks), 200, headers, "application/octet-stream")
+    async def read_file(
+        sandbox_id: str,
+        path: PathBytes,
+        principal: CurrentPrincipal,
+        range: Annotated[str | None, Header(description="One range: `bytes=first-last`.")] = None,
+        if_range: Annotated[str | None, Header(description="The ETag of an earlier answer.")] = None,
+    ) -> Response:
+        """The file's raw bytes, or a part of them."""
+        part = parse_range(range)
+        tag = None if if_range is None else if_range.strip('"')
+        target = Target(principal.project_id, sandbox_id, path)
+        async with AsyncExitStack() as stack:
+            content = await stack.enter_async_context(files.read(target, part, tag))
+            headers = {
+                "Content-Length": str(content.length),
+                "Content-Disposition": _attachment(path),
+                "Accept-Ranges": "bytes",
+                "ETag": f'"{content.tag}"',
+                **_SAFE,
+            }
+            # A tag that is not the file's any more gets all of it.
+            partial = part is not None and (tag is None or tag == content.tag)
+            if partial:
+                first = content.start or 0
+                last = first + content.length - 1
+                headers["Content-Range"] = f"bytes {first}-{last}/{content.size}"
+            body = _exactly(content.length, content.chunks)
+            close = stack.pop_all().aclose
+        return _Download(body, close, 206 if partial else 200, headers, "application/octet-stream")
 
-    @router.put(
-        "/{sandbox_id}/files",
-        responses={201: {"model": FileOut}},
-        openapi_extra={"requestBody": {"content": {"application/octet-stream": {}}, "required": True}},
-    )
+    @router.put("/{sandbox_id}/files", responses={201: {"model": FileOut}}, openapi_extra=_UPLOAD)
     async def write_file(
-        sandbox_id: str, path: FilePath, principal: CurrentPrincipal, request: Request, response: Response
+        sandbox_id: str,
+        path: PathBytes,
+        principal: CurrentPrincipal,
+        request: Request,
+        response: Response,
+        mode: ModeQuery = None,
     ) -> FileOut:
         """Takes raw bytes of any size. The file appears, or changes, when all of it has arrived."""
-        sandbox = await sandboxes.running(principal.project_id, sandbox_id)
-        size, created = await files.write(sandbox, _checked(path), request.stream())
+        target = Target(principal.project_id, sandbox_id, path)
+        size, created = await files.write(target, request.stream(), parse_mode(mode))
         response.status_code = 201 if created else 200
-        return FileOut(path=path, size=size)
+        return FileOut(path=shown(path), size=size)
 
-    return router
+
+def _add_names(router: APIRouter, files: FileService) -> None:
+    @router.delete("/{sandbox_id}/files")
+    async def delete_file(
+        sandbox_id: str, path: PathBytes, principal: CurrentPrincipal, recursive: Recursive = False
+    ) -> DeletedFileOut:
+        """A link goes, not what it leads to. A folder has to be empty, or `recursive` set."""
+        await files.remove(Target(principal.project_id, sandbox_id, path), recursive=recursive)
+        return DeletedFileOut(path=shown(path))
+
+    @router.get("/{sandbox_id}/files/list")
+    async def list_files(
+        sandbox_id: str,
+        path: PathBytes,
+        principal: CurrentPrincipal,
+        after: AfterBytes,
+        limit: Annotated[int, Query(ge=1, le=MAX_LIST)] = DEFAULT_LIST,
+    ) -> EntryListOut:
+        """What is in a folder, by the bytes of the names."""
+        target = Target(principal.project_id, sandbox_id, path)
+        entries, has_more = await files.list(target, limit, after)
+        return EntryListOut.of(entries, absolute(path), has_more=has_more)
+
+    @router.get("/{sandbox_id}/files/stat")
+    async def stat_file(
+        sandbox_id: str,
+        path: PathBytes,
+        principal: CurrentPrincipal,
+        follow: Annotated[bool, Query(description="Where a link leads, not the link.")] = False,
+    ) -> EntryOut:
+        """What is known of a file, folder or link."""
+        target = Target(principal.project_id, sandbox_id, path)
+        return EntryOut.of(await files.stat(target, follow=follow), absolute(path))
+
+    @router.post("/{sandbox_id}/files/mkdir", status_code=201, responses={200: {"model": EntryOut}})
+    async def make_folder(
+        sandbox_id: str, body: MkdirBody, principal: CurrentPrincipal, response: Response
+    ) -> EntryOut:
+        """201 for a new folder, 200 for one that was there."""
+        check_project(principal, body.project)
+        target = Target(principal.project_id, sandbox_id, body.path_bytes)
+        entry, created = await files.make_folder(target, parents=body.parents, mode=parse_mode(body.mode))
+        response.status_code = 201 if created else 200
+        return EntryOut.of(entry, absolute(body.path_bytes))
+
+    @router.post("/{sandbox_id}/files/move")
+    async def move_file(sandbox_id: str, body: MoveBody, principal: CurrentPrincipal) -> EntryOut:
+        """Gives a file, folder or link another name."""
+        check_project(principal, body.project)
+        target = Target(principal.project_id, sandbox_id, body.source_bytes, "from")
+        entry = await files.move(target, body.to_bytes, overwrite=body.overwrite)
+        return EntryOut.of(entry, absolute(body.to_bytes))
+
+    @router.post("/{sandbox_id}/files/chmod")
+    async def chmod_file(sandbox_id: str, body: ChmodBody, principal: CurrentPrincipal) -> EntryOut:
+        """Sets the permission bits of a file or folder."""
+        check_project(principal, body.project)
+        target = Target(principal.project_id, sandbox_id, body.path_bytes)
+        entry = await files.chmod(target, parse_mode(body.mode) or 0, recursive=body.recursive)
+        return EntryOut.of(entry, absolute(body.path_bytes))
+
+
+class _Download(StreamingResponse):
+    """Sends what is open, and closes it whatever becomes of the answer: one that was never begun, too."""
+
+    def __init__(
+        self,
+        body: AsyncGenerator[bytes],
+        close: Callable[[], Coroutine[Any, Any, None]],
+        status: int,
+        headers: Mapping[str, str],
+        media_type: str,
+    ) -> None:
+        super().__init__(_breaking(body), status, headers, media_type)
+        self._close = close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._close()
+
+
+async def _breaking(body: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+    """The status is out: what fails now can only break the connection."""
+    try:
+        async with aclosing(body):
+            async for chunk in body:
+                yield chunk
+    except SandboxdError as error:
+        raise BrokenAnswerError(error.message) from error
 
 
 async def _exactly(size: int, chunks: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
@@ -72,7 +204,6 @@ async def _exactly(size: int, chunks: AsyncGenerator[bytes]) -> AsyncGenerator[b
                 return
 
 
-def _checked(path: str) -> str:
-    if "\0" in path:
-        raise BadRequestError("'path' in the query holds a NUL character, which no path can.", param="path")
-    return path
+def _attachment(path: bytes) -> str:
+    name = quote(path.rstrip(b"/").rsplit(b"/", 1)[-1], safe="")
+    return f"attachment; filename*=UTF-8''{name}"

@@ -177,11 +177,5 @@ class EmptyBody(Body):
     """For what takes no options: stop, pause, resume."""
 
 
-class FileOut(BaseModel):
-    object: Literal["sandbox.file"] = "sandbox.file"
-    path: str
-    size: int
-
-
 def _seconds(value: float | None) -> int | None:
     return None if value is None else int(value)

@@ -11,6 +11,7 @@ from e80_agent.ops import (
     command,
     contexts,
     files,
+    folders,
     hello,
     python,
     resize,
@@ -40,6 +41,12 @@ OPERATIONS = {
     "context_exec": contexts.run_in_context,
     "read_file": files.read_file,
     "write_file": files.write_file,
+    "stat_file": folders.stat_file,
+    "list_folder": folders.list_folder,
+    "make_folder": folders.make_folder,
+    "move": folders.move,
+    "remove": folders.remove,
+    "chmod": folders.chmod,
 }
 
 

@@ -1,162 +1,139 @@
-"""read_file and write_file: done by a child that is the tenant, so that the kernel decides what it may."""
+"""Single files: read_file and write_file."""
 
 from __future__ import annotations
 
-import errno
 import os
-import socket
 import stat
-from typing import Any, Callable, Dict
+from typing import Any, Dict, List, Optional, Tuple
 
-from e80_agent import protocol
 from e80_agent.agent import Agent
-from e80_agent.fork import run_as_tenant
+from e80_agent.helper import (
+    CHUNK,
+    Body,
+    Refused,
+    Reply,
+    in_child,
+    mode_of,
+    open_regular,
+    path_of,
+    require_regular,
+    write_all,
+)
 from e80_agent.link import Connection
-from e80_agent.tenant import HOME
+from e80_agent.tree import NewFile
 
-_CHUNK = 256 * 1024
+# Up to here a file is read before its size is said: those of the kernel do not know theirs.
+_SMALL = 64 * 1024
+_MAX_KERNEL_FILE = 1024 * 1024
 
-_CODES = {
-    errno.ENOENT: "file_not_found",
-    errno.EACCES: "permission_denied",
-    errno.EPERM: "permission_denied",
-    errno.EISDIR: "is_directory",
-    errno.ENOTDIR: "not_directory",
-    errno.EEXIST: "not_directory",
-    errno.ENOSPC: "disk_full",
-    errno.EDQUOT: "disk_full",
-    errno.EROFS: "read_only",
-    errno.ENAMETOOLONG: "bad_path",
-    errno.ELOOP: "bad_path",
-    errno.ENXIO: "not_regular",
-}
-
-
-class _Refused(Exception):
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
+Range = List[Optional[int]]
 
 
 def read_file(agent: Agent, connection: Connection, header: Dict[str, Any], _body: bytes) -> None:
-    """Header: path. Answers {size}, then RECORD_DATA records and RECORD_END; closes the connection."""
-    path = _path(header)
-    _in_child(agent, connection, lambda sock: _read_file(sock, path))
+    """Header: path; range ([first, last], [first, null] or [null, size of the end]), tag. Answers {size,
+    start, length, tag}, then RECORD_DATA records and RECORD_END; closes the connection. `start` is null when
+    the range is behind the end, and all is sent when `tag` is not the file's."""
+    path = path_of(header)
+    wanted = header.get("range")
+    tag = header.get("tag")
+    in_child(agent, connection, lambda reply: _read_file(reply, path, wanted, tag))
 
 
 def write_file(agent: Agent, connection: Connection, header: Dict[str, Any], _body: bytes) -> None:
-    """Header: path. Then RECORD_DATA records and RECORD_END from the daemon; answers {size, created}.
+    """Header: path, mode. Then RECORD_DATA records and RECORD_END from the daemon; answers {size, created}.
 
-    The data goes to a file beside the target that takes its name at the end: a write that breaks off
-    leaves the old content as it was."""
-    path = _path(header)
+    The data goes to a file without a name that gets it at the end: a write that breaks off leaves the old
+    content as it was."""
+    path, mode = path_of(header), mode_of(header)
     rest = connection.take_input()
-    _in_child(agent, connection, lambda sock: _write_file(_Records(sock, rest), sock, path))
+    in_child(agent, connection, lambda reply: _write_file(reply, Body(reply.sock, rest), path, mode))
 
 
-def _path(header: Dict[str, Any]) -> str:
-    path = header["path"]
-    if not isinstance(path, str) or not path or "\0" in path:
-        raise ValueError("path")
-    return os.path.join(HOME, path)
-
-
-def _in_child(agent: Agent, connection: Connection, work: Callable[[socket.socket], None]) -> None:
-    sock = connection.detach()
-
-    def run() -> None:
-        sock.setblocking(True)
-        try:
-            work(sock)
-        except _Refused as error:
-            _send_error(sock, error.code, str(error))
-        except OSError as error:
-            code = _CODES.get(error.errno or 0, "io_error")
-            _send_error(sock, code, os.strerror(error.errno or 0))
-
-    run_as_tenant(agent.tenant, run, keep=[sock])
-    sock.close()
-
-
-def _read_file(sock: socket.socket, path: str) -> None:
-    # Not blocking: opening a FIFO without a writer would never return.
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+def _read_file(reply: Reply, path: bytes, wanted: Optional[Range], tag: Optional[str]) -> None:
+    fd = open_regular(path)
     facts = os.fstat(fd)
-    _require_regular(facts)
-    # Files of /proc have no size; they are read before it is said.
-    data = os.read(fd, _CHUNK) if facts.st_size == 0 else b""
-    sock.sendall(protocol.pack_header({"ok": True, "size": facts.st_size or len(data)}))
-    data = data or os.read(fd, _CHUNK)
+    own_tag = "%x-%x-%x" % (facts.st_mtime_ns, facts.st_size, facts.st_ino)
+    if tag is not None and tag != own_tag:
+        wanted = None
+    content = _read_small(fd) if facts.st_size <= _SMALL else None
+    size = facts.st_size if content is None else len(content)
+    start, length = _part(wanted, size)
+    reply.head(size=size, start=start, length=length, tag=own_tag)
+    if start is None:
+        return
+    if content is not None:
+        for at in range(start, start + length, CHUNK):
+            reply.data(memoryview(content)[at : min(at + CHUNK, start + length)])
+    else:
+        _send_file(reply, fd, facts, start, length)
+    reply.end()
+
+
+def _read_small(fd: int) -> bytes:
+    content = b""
+    data = os.read(fd, _MAX_KERNEL_FILE)
     while data:
-        sock.sendall(protocol.pack_record(protocol.RECORD_DATA, data))
-        data = os.read(fd, _CHUNK)
-    sock.sendall(protocol.pack_record(protocol.RECORD_END, b""))
+        content += data
+        if len(content) > _MAX_KERNEL_FILE:
+            raise Refused("not_regular", "it says that it is small, and does not end")
+        data = os.read(fd, _MAX_KERNEL_FILE)
+    return content
 
 
-def _write_file(records: _Records, sock: socket.socket, path: str) -> None:
+def _part(wanted: Optional[Range], size: int) -> Tuple[Optional[int], int]:
+    """Where the part begins, None when it is not there, and its length."""
+    if wanted is None:
+        return 0, size
+    first, last = wanted
+    if first is None:
+        length = min(size, last or 0)
+        return (size - length, length) if length else (None, 0)
+    if first >= size:
+        return None, 0
+    stop = size if last is None else min(last + 1, size)
+    return first, stop - first
+
+
+def _send_file(reply: Reply, fd: int, facts: os.stat_result, start: int, length: int) -> None:
+    buffer = memoryview(bytearray(CHUNK))
+    os.lseek(fd, start, os.SEEK_SET)
+    while length:
+        got = os.readv(fd, [buffer[: min(CHUNK, length)]])
+        length -= got
+        if not length and _has_changed(facts, os.fstat(fd)):
+            # The reader has all but the last piece, and must not take it for a file that ever was.
+            raise BrokenPipeError("the file changed")
+        if not got:
+            raise BrokenPipeError("the file is shorter now")
+        reply.data(buffer[:got])
+
+
+def _has_changed(before: os.stat_result, now: os.stat_result) -> bool:
+    """Not when it grew: what is sent then is a log's beginning."""
+    if now.st_size == before.st_size:
+        return now.st_mtime_ns != before.st_mtime_ns
+    return now.st_size < before.st_size
+
+
+def _write_file(reply: Reply, body: Body, path: bytes, mode: Optional[int]) -> None:
     target = os.path.realpath(path)
     folder, name = os.path.split(target)
-    created = not os.path.lexists(target)
-    mode = 0o644
-    if not created:
+    if not name:
+        raise Refused("is_directory", "it is a directory")
+    if os.path.lexists(target):
         facts = os.stat(target)
-        _require_regular(facts)
-        mode = stat.S_IMODE(facts.st_mode)
-    os.makedirs(folder, exist_ok=True)
-    partial = os.path.join(folder, ".%s.%s.part" % (name[:200], os.urandom(6).hex()))
-    fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+        require_regular(facts)
+        if mode is None:
+            mode = stat.S_IMODE(facts.st_mode)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except FileExistsError:
+        raise Refused("not_directory", "a part of the path is not a directory") from None
+    parent = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     size = 0
-    try:
-        for data in records:
+    with NewFile(parent, name, 0o644 if mode is None else mode) as made:
+        for data in body:
             size += len(data)
-            view = memoryview(data)
-            while view:
-                view = view[os.write(fd, view) :]
-        os.close(fd)
-        os.rename(partial, target)
-    except BaseException:
-        os.unlink(partial)
-        raise
-    sock.sendall(protocol.pack_header({"ok": True, "size": size, "created": created}))
-
-
-def _require_regular(facts: os.stat_result) -> None:
-    if stat.S_ISDIR(facts.st_mode):
-        raise _Refused("is_directory", "it is a directory")
-    if not stat.S_ISREG(facts.st_mode):
-        raise _Refused("not_regular", "it is not a regular file")
-
-
-def _send_error(sock: socket.socket, code: str, message: str) -> None:
-    """Says why, then reads on until the daemon hangs up: closing with unread data would lose the answer."""
-    try:
-        sock.sendall(protocol.pack_header({"ok": False, "code": code, "message": message}))
-        while sock.recv(_CHUNK):
-            continue
-    except OSError:
-        return
-
-
-class _Records:
-    """The data records of a request, as they come in; ends at RECORD_END, raises when cut short."""
-
-    def __init__(self, sock: socket.socket, rest: bytes) -> None:
-        self._file = sock.makefile("rb", buffering=_CHUNK)
-        self._rest = rest
-
-    def __iter__(self) -> Any:
-        while True:
-            kind, length = protocol.RECORD.unpack(self._read(protocol.RECORD.size))
-            if kind == protocol.RECORD_END:
-                return
-            if kind != protocol.RECORD_DATA or length > protocol.MAX_RECORD:
-                raise _Refused("bad_request", "unexpected record")
-            yield self._read(length)
-
-    def _read(self, size: int) -> bytes:
-        data, self._rest = self._rest[:size], self._rest[size:]
-        if len(data) < size:
-            data += self._file.read(size - len(data))
-        if len(data) < size:
-            raise OSError(errno.EPIPE, "the upload broke off")
-        return data
+            write_all(made.fd, data)
+        created = made.commit()
+    reply.head(size=size, created=created)

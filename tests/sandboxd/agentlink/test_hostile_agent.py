@@ -237,14 +237,6 @@ def test_any_bytes_at_all(data):
                     assert isinstance(event, Output | Failure | Outcome)
             except (LinkBrokenError, AgentRefusedError):
                 pass
-        async with FakeAgent(says(data)) as fake:
-            try:
-                size, chunks = await Agent(fake.dial).files.read("x")
-                assert size >= 0
-                async for chunk in chunks:
-                    assert len(chunk) <= protocol.MAX_RECORD
-            except (LinkBrokenError, AgentRefusedError):
-                pass
 
     asyncio.run(check())
 
@@ -327,75 +319,6 @@ async def test_an_agent_that_hangs_up_after_each_record_is_cut_off():
         with pytest.raises(LinkBrokenError):
             await events(fake)
         assert len(fake.streams) < 50
-
-
-BAD_FILES = {
-    "a size below zero": protocol.pack_header({"ok": True, "size": -1}),
-    "a size beyond all": protocol.pack_header({"ok": True, "size": 2**60}),
-    "no size": protocol.pack_header({"ok": True}),
-    "cut in a record": protocol.pack_header({"ok": True, "size": 9}) + b"\5\0\0",
-    "a record over the cap": protocol.pack_header({"ok": True, "size": 9}) + struct.pack(">BI", 5, 2**31),
-    "a record of execs": protocol.pack_header({"ok": True, "size": 9}) + record(1, b"x"),
-    "no end": protocol.pack_header({"ok": True, "size": 9}) + record(5, b"x"),
-}
-
-
-@pytest.mark.parametrize("answer", BAD_FILES.values(), ids=BAD_FILES)
-async def test_files_that_are_none(answer):
-    async def read() -> None:
-        _size, chunks = await Agent(fake.dial).files.read("x")
-        async for _ in chunks:
-            pass
-
-    async with FakeAgent(says(answer)) as fake:
-        with pytest.raises(LinkBrokenError):
-            await read()
-        assert fake.streams[0].closed >= 1
-
-
-async def _upload():
-    for _ in range(100):
-        yield b"x" * 10_000
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [b"", b"\0\0", header(b"[]"), protocol.pack_header({"ok": True, "size": -3, "created": True})],
-)
-async def test_uploads_to_an_agent_that_answers_nonsense(answer):
-    async with FakeAgent(says(answer)) as fake:
-        with pytest.raises(LinkBrokenError):
-            await Agent(fake.dial).files.write("x", _upload())
-        assert fake.streams[0].closed == 1
-
-
-async def test_an_upload_refused_in_the_middle_says_why():
-    refusal = protocol.pack_header({"ok": False, "code": "disk_full", "message": "full"})
-    async with FakeAgent(says(refusal, hang_up=False)) as fake:
-        with pytest.raises(AgentRefusedError) as caught:
-            await Agent(fake.dial).files.write("x", _upload())
-    assert caught.value.agent_code == "disk_full"
-
-
-async def test_an_upload_whose_connection_is_closed_on_our_side_breaks_as_such(monkeypatch):
-    # A pause or a stop closes it. uvloop raises RuntimeError for a write after that.
-    write = asyncio.StreamWriter.write
-
-    def strict(writer: asyncio.StreamWriter, data: bytes) -> None:
-        if writer.is_closing():
-            raise RuntimeError("the handler is closed")
-        write(writer, data)
-
-    monkeypatch.setattr(asyncio.StreamWriter, "write", strict)
-    async with FakeAgent(says(b"", hang_up=False)) as fake:
-
-        async def chunks():
-            yield b"x"
-            fake.streams[0].writer.transport.abort()
-            yield b"y"
-
-        with pytest.raises(LinkBrokenError):
-            await Agent(fake.dial).files.write("x", chunks())
 
 
 async def test_a_request_larger_than_a_header_is_refused_before_it_is_sent():
