@@ -1,6 +1,7 @@
 """Execs and those who follow them: who comes back, who does not, and what a dead daemon left."""
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -21,8 +22,9 @@ from sandboxd.kit.settings import Settings
 from sandboxd.kit.tasks import TaskOwner
 from sandboxd.runtimes.errors import AgentUnreachableError
 from sandboxd.sandboxes.errors import BusyError, ExecNotFoundError, ExecResultGoneError, SandboxPausedError
-from sandboxd.sandboxes.exec import ExecService, NewExec
+from sandboxd.sandboxes.exec import ExecService
 from sandboxd.sandboxes.exec_progress import MAX_FOLLOWERS
+from sandboxd.sandboxes.exec_request import NewExec
 from sandboxd.sandboxes.history import History
 from sandboxd.sandboxes.live import Idleness, LiveSandbox, LiveSandboxes, Metered
 
@@ -41,14 +43,14 @@ class Agent:
     def __init__(self) -> None:
         self.execs: dict[str, list[Event]] = {}
         self.changed = asyncio.Condition()
-        self.starts = 0
+        self.starts = self.follows = self.waits = 0
         self.signals: list[str] = []
         self.timers_asked: list[bool] = []
         self.refusal: Exception | None = None
         self.broken = False
         self.held = False
 
-    async def run(self, request: ExecRequest) -> AsyncGenerator[Event]:
+    async def start(self, request: ExecRequest) -> AsyncGenerator[tuple[Event, int]]:
         if self.refusal is not None:
             raise self.refusal
         known = request.id in self.execs
@@ -57,14 +59,24 @@ class Agent:
             await self.say(request.id, Output(False, b"begun\n"))
         if request.fingerprint is not None:
             finished = isinstance(self.execs[request.id][-1], Outcome)
-            yield Started(resumed=known, finished=finished, age_s=2.0 if known else 0.0)
-        async for event in self.attach(request.id):
-            yield event
+            yield Started(resumed=known, finished=finished, age_s=2.0 if known else 0.0), 0
+        async for item in self.follow(request.id):
+            yield item
 
     async def attach(self, exec_id: str) -> AsyncGenerator[Event]:
+        async for event, _ in self.follow(exec_id):
+            yield event
+
+    async def wait(self, exec_id: str) -> list[Event]:
+        self.waits += 1
+        return [event async for event in self.attach(exec_id) if isinstance(event, Outcome)]
+
+    async def follow(self, exec_id: str, offset: int = 0) -> AsyncGenerator[tuple[Event, int]]:
+        """Each event takes 100 bytes of the log."""
+        self.follows += 1
         if exec_id not in self.execs:
             raise UnknownExecError("unknown")
-        at = 0
+        at = offset // 100
         while True:
             async with self.changed:
                 await self.changed.wait_for(lambda at=at: self.broken or len(self.execs[exec_id]) > at)
@@ -72,7 +84,7 @@ class Agent:
                 raise LinkBrokenError("broken")
             event = self.execs[exec_id][at]
             at += 1
-            yield event
+            yield event, at * 100
             if isinstance(event, Outcome):
                 return
 
@@ -90,7 +102,7 @@ class Agent:
             self.broken = True
             self.changed.notify_all()
 
-    async def signal(self, exec_id: str, _number: int) -> None:
+    async def cancel(self, exec_id: str) -> None:
         self.signals.append(exec_id)
         await self.say(exec_id, outcome("killed", None))
 
@@ -165,9 +177,14 @@ def execs(world: World) -> ExecService:
 async def begin(execs: ExecService, world: World, key: str | None, stream: bool = True) -> Any:
     """A stream that has told of its first output."""
     events = execs.stream(world.sandbox, NewExec(code="x", stream=stream), key)
-    assert (await anext(events))[0] == "exec.started"
-    assert (await anext(events))[1] == {"delta": "begun\n"}
+    assert told(await anext(events)) == ["exec.started"]
+    assert b'"delta":"begun\\n"' in (await anext(events))[1]
     return events
+
+
+def told(chunk: tuple[int, bytes]) -> list[str]:
+    """The types of the events in a chunk of a stream."""
+    return [json.loads(line[6:])["type"] for line in chunk[1].decode().splitlines() if line[:6] == "data: "]
 
 
 async def eventually(what: Callable[[], Any]) -> None:
@@ -195,7 +212,7 @@ async def test_an_exec_with_a_key_waits_for_who_comes_back(execs, world):
     # Followed again, it has all the time there is.
     await asyncio.sleep(GRACE_S * 2)
     await world.agent.end()
-    assert [type_ async for type_, _ in events] == ["exec.completed"]
+    assert [type_ async for chunk in events for type_ in told(chunk)] == ["exec.completed"]
     assert (world.agent.starts, world.agent.signals) == (1, [])
     assert await world.rows() == ["completed"]
     assert (world.sandbox.execs, world.sandbox.execs_ended) == (0, 1)
@@ -226,7 +243,7 @@ async def test_requests_at_once_follow_one_exec_and_it_counts_once(execs, world)
     await streams.pop().aclose()
     await world.agent.end()
     for stream in streams:
-        assert [type_ async for type_, _ in stream] == ["exec.completed"]
+        assert [type_ async for chunk in stream for type_ in told(chunk)] == ["exec.completed"]
     assert (await plain)["stdout"] == "begun\n"
     assert (world.agent.starts, world.sandbox.execs_ended, world.sandbox.bytes_out) == (1, 1, 6)
     assert await world.rows() == ["completed"]
@@ -344,7 +361,7 @@ async def test_a_request_that_comes_back_to_a_restarted_daemon_takes_over(world)
     await after.recover(world.sandbox)
     again = await begin(after, world, "key")
     await world.agent.end()
-    assert [type_ async for type_, _ in again] == ["exec.completed"]
+    assert [type_ async for chunk in again for type_ in told(chunk)] == ["exec.completed"]
     assert (world.agent.starts, await world.rows()) == (1, ["completed"])
     await events.aclose()
 
