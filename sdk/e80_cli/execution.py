@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from e80_sdk.errors import ConflictError, E80Error, NotFoundError
 from e80_sdk.pending import undisturbed
-from e80_sdk.results import ExecReader, ExecResult
+from e80_sdk.results import ExecChunk, ExecReader, ExecResult
 
 from e80_cli.exits import INTERRUPTED, exit_code_of_program
 from e80_cli.output import Output
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _TERM = re.compile(r"[A-Za-z0-9._+-]{1,64}")
-HANG_UP_S = 5.0
+QUIET_S = 0.5
+HANG_UP_S = 2.0
 """How long a leaving terminal waits until its program is told."""
 
 
@@ -108,19 +110,56 @@ async def show(
         async for event in events:
             if begun is not None and event["type"] == "exec.started":
                 begun(event["exec"]["id"])
-            chunk = reader.chunk(event)
-            if output.as_json:
-                output.data(event)
-                output.flush()
-            elif event["type"] == "exec.gap":
-                output.warn(f"8080: {event.get('missed_bytes')} bytes of output are not kept any more")
-            elif chunk is not None and chunk.result is not None:
-                shown.show(chunk.result)
-            elif chunk is not None:
-                output.raw(chunk.stream, chunk.data)
+            _show_event(event, reader.chunk(event), output, shown)
     assert reader.result is not None  # the SDK raises when events end without it
     _explain(reader.result, output)
     return exit_code_of_program(reader.result)
+
+
+async def show_so_far(
+    client: AsyncEighty80,
+    sandbox_id: str,
+    exec_id: str,
+    output: Output,
+    *,
+    after: int | None = None,
+    results: Results | None = None,
+) -> None:
+    """Print what the events have told so far. A stream of events does not say where that ends: it is where as
+    much has come as there was when it began, or where nothing comes for a while."""
+    execs = client.api.execs
+    known = await execs.get(sandbox_id, exec_id)
+    events = execs.follow(sandbox_id, exec_id, after=after)
+    if known.status != "running":
+        await show(events, output, results=results)
+        return
+    reader, shown = ExecReader(), results or Results(output)
+    countable = after is None and not known.results
+    left = len(f"{known.stdout}{known.stderr}".encode(errors="replace")) if countable else math.inf
+    async with aclosing(events):
+        while left > 0:
+            try:
+                async with asyncio.timeout(QUIET_S):
+                    event = await anext(events, None)
+            except TimeoutError:
+                return
+            if event is None:
+                return
+            chunk = reader.chunk(event)
+            _show_event(event, chunk, output, shown)
+            left -= 0 if chunk is None else len(chunk.data)
+
+
+def _show_event(event: dict[str, Any], chunk: ExecChunk | None, output: Output, shown: Results) -> None:
+    if output.as_json:
+        output.data(event)
+        output.flush()
+    elif event["type"] == "exec.gap":
+        output.warn(f"8080: {event.get('missed_bytes')} bytes of output are not kept any more")
+    elif chunk is not None and chunk.result is not None:
+        shown.show(chunk.result)
+    elif chunk is not None:
+        output.raw(chunk.stream, chunk.data)
 
 
 async def _with_tasks(work: Callable[[asyncio.TaskGroup], Awaitable[T]]) -> T:

@@ -85,9 +85,12 @@ def logs(
         from e80_cli.showing import Results  # noqa: PLC0415
 
         wanted = exec_id or await _newest(client, sandbox_id)
-        events = client.api.execs.follow(sandbox_id, wanted, after=after)
-        code = await execution.show(events, output, results=Results(output, save))
-        return code if follow else OK
+        results = Results(output, save)
+        if follow:
+            events = client.api.execs.follow(sandbox_id, wanted, after=after)
+            return await execution.show(events, output, results=results)
+        await execution.show_so_far(client, sandbox_id, wanted, output, after=after, results=results)
+        return OK
 
     return run(context, output, work, platform_failed=PLATFORM_FAILED)
 
