@@ -17,7 +17,7 @@ from e80_sdk.paging import pages
 from e80_sdk.paths import sandbox_path
 from e80_sdk.records import FileChange, FileEntry, FileUrl, exact_path
 from e80_sdk.retries import STREAM_SILENCE_S, Failure, silence_is_broken
-from e80_sdk.sources import Source
+from e80_sdk.sources import Data, Source
 from e80_sdk.transport import Params, Request, Transport
 
 FILE_TIMEOUT_S = 120.0
@@ -81,7 +81,7 @@ class FileApi:
             timeout_s=FILE_TIMEOUT_S,
         )
         call = self._transport.call(request)
-        done = 0
+        done = furthest = 0
         while True:
             try:
                 async with call.open() as response:
@@ -90,8 +90,10 @@ class FileApi:
                         size = response.headers.get("content-length", "")
                         start(int(size) if size.isdigit() else None)
                     async for chunk in response.aiter_bytes():
-                        call.progress()
                         done += len(chunk)
+                        if done > furthest:
+                            furthest = done
+                            call.progress()
                         yield chunk
                 return
             except Failure as failure:
@@ -100,11 +102,12 @@ class FileApi:
             resumed = {"Range": f"bytes={done}-", "If-Range": tag} if tag and done else {}
             call.turn(replace(request, headers=resumed))
 
-    async def write(self, sandbox_id: str, path: str, source: Source, *, mode: str | None = None) -> int:
+    async def write(self, sandbox_id: str, path: str, data: Data | Source, *, mode: str | None = None) -> int:
         """Write a file; gives its size. It appears, or changes, when all of it has arrived.
 
         Sent again when the connection breaks, where the source can be read again.
         """
+        source = data if isinstance(data, Source) else Source.of(data)
         params = {"path": path} | ({} if mode is None else {"mode": mode})
         answer = await self._put(f"{sandbox_path(sandbox_id)}/files", params, source)
         size = answer.get("size")

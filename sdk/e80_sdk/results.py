@@ -73,7 +73,7 @@ class ExecResult(str):
             failure = None if error is None else ExecError(*(str(error[key] or "") for key in _ERROR_FIELDS))
             status, stdout, stderr = str(body["status"]), str(body["stdout"] or ""), str(body["stderr"] or "")
             exit_code = None if body["exit_code"] is None else int(body["exit_code"])
-            duration_ms = float(body.get("duration_ms") or 0)
+            duration_ms = float(body["duration_ms"] or 0)
             results = [Result(bundle) for bundle in body.get("results") or () if isinstance(bundle, dict)]
         except (KeyError, TypeError, ValueError) as exc:
             raise UnexpectedResponseError(f"the exec in the answer cannot be read: {exc!r}") from exc

@@ -1,4 +1,4 @@
-"""What the fake server remembers: execs, events, usage, the audit log."""
+"""What the fake server remembers: events, usage, the audit log."""
 
 from __future__ import annotations
 
@@ -48,18 +48,6 @@ def add_history(app: FastAPI, fake: FakeServer) -> None:
     async def audit(action: str | None = None, limit: int = 20, after: str | None = None) -> Any:
         found = [one for one in fake.audit if action in (None, one["action"])]
         return page(found, limit, after)
-
-    @app.get("/v1/sandboxes/{sandbox_id}/execs")
-    async def execs(sandbox_id: str, limit: int = 20, after: str | None = None) -> Any:
-        found = [run for run in fake.execs.values() if run.sandbox_id == sandbox_id]
-        shown = [run.result or {"id": run.id, "status": "running"} for run in found][::-1]
-        left_out = ("stdout", "stderr")
-        bare = [{name: value for name, value in one.items() if name not in left_out} for one in shown]
-        return page(bare, limit, after)
-
-    @app.get("/v1/sandboxes/{sandbox_id}/execs/{exec_id}")
-    async def one_exec(sandbox_id: str, exec_id: str) -> Any:
-        return next(run.result for run in fake.execs.values() if run.id == exec_id)
 
 
 def page(found: list[dict[str, Any]], limit: int, after: str | None) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tests.e80_sdk.fake_execs import FakeExec, Piece, lines
+from tests.e80_sdk.fake_execs import FakeExec, Piece, add_execs, lines
 from tests.e80_sdk.fake_history import add_history, note, page
 
 API_KEY = "8080_live_" + "a" * 43 + "_bbbbbb"
@@ -54,6 +54,7 @@ class Fault:
     body: Any = None
     times: int = 1
     after: bool = False
+    raw: bytes | None = None
 
 
 @dataclass
@@ -130,6 +131,7 @@ def make_app(fake: FakeServer) -> ASGIApp:
     _add_sandboxes(app, fake)
     _add_changes(app, fake)
     _add_work(app, fake)
+    add_execs(app, fake)
     _add_files(app, fake)
     _add_rest(app, fake)
     add_history(app, fake)
@@ -183,6 +185,8 @@ def _fault_for(fake: FakeServer, method: str, path: str) -> Fault | None:
 
 
 def _answer_of(fault: Fault) -> Response:
+    if fault.raw is not None:
+        return Response(fault.raw, fault.status, headers=fault.headers)
     if fault.body is None:
         return Response("gateway", fault.status, headers=fault.headers)
     return JSONResponse(fault.body, fault.status, headers=fault.headers)
@@ -305,6 +309,8 @@ def _add_work(app: FastAPI, fake: FakeServer) -> None:
         if run is None:
             run = FakeExec(fake, sandbox_id, body, key)
             fake.execs[f"{sandbox_id} {key or run.id}"] = run
+        if body.get("background"):
+            return run.shown()
         if body.get("stream"):
             return StreamingResponse(lines(fake, run), media_type="text/event-stream")
         return [event async for event in run.events()][-1]["exec"]

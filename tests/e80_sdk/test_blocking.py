@@ -26,8 +26,8 @@ from tests.e80_sdk.fake_server import FakeServer, Fault
 def test_a_block_gives_values_and_stops_the_sandbox(login: FakeServer) -> None:
     with Eighty80() as client, client.sandbox(labels={"a": "b"}) as sandbox:
         assert isinstance(sandbox, Sandbox)
-        assert sandbox.write_file("in.txt", "grüße") == 7
-        assert sandbox.read_file("in.txt") == "grüße".encode()
+        assert sandbox.files.write("in.txt", "grüße") == 7
+        assert sandbox.files.read("in.txt") == "grüße".encode()
         result = sandbox.run_python("print(open('in.txt').read())")
         assert isinstance(result, ExecResult)
         assert result == "grüße\n"
@@ -209,7 +209,7 @@ def test_a_blocking_call_from_the_clients_own_loop_is_refused(login: FakeServer)
 
 
 def test_a_cut_stream_is_no_success(login: FakeServer) -> None:
-    login.cut_stream_after = 2
+    login.cut_stream_after = 0
     with Eighty80(max_retries=2) as client, client.sandbox() as sandbox:
         for login.cut_cleanly in (False, True):
             with pytest.raises(Exception, match=r"ended before its result|connection broke") as caught:

@@ -84,8 +84,8 @@ def test_blocking_calls(client: Eighty80) -> None:
         assert sandbox.info.labels == {"test": "sdk"}
         assert sandbox.run_python("import os; print(os.environ['STAGE'])") == "test\n"
         data = bytes(range(256)) * 5000
-        assert sandbox.write_file("data.bin", data) == len(data)
-        assert sandbox.read_file("/home/user/data.bin") == data
+        assert sandbox.files.write("data.bin", data) == len(data)
+        assert sandbox.files.read("/home/user/data.bin") == data
         assert sandbox.run("wc -c < data.bin") == f"{len(data)}\n"
         failed = sandbox.run_python("print('before')\n1/0")
         assert isinstance(failed, ExecResult)
@@ -120,14 +120,14 @@ def test_streams_and_callbacks(client: Eighty80) -> None:
 
 async def test_pending_calls(login: None) -> None:
     async with Eighty80() as client, client.sandbox() as sandbox:
-        sandbox.write_file("in.txt", "7")
+        sandbox.files.write("in.txt", "7")
         pending = sandbox.run_python("print(int(open('in.txt').read()) * 6)", stream=True)
         assert "".join([chunk async for chunk in pending]) == "42\n"
         assert (await pending).exit_code == 0
         results = await asyncio.gather(*(sandbox.run(f"echo {n}") for n in range(10)))
         assert results == [f"{n}\n" for n in range(10)]
         with pytest.raises(NotFoundError, match="nowhere"):
-            await sandbox.read_file("/home/user/nowhere")
+            await sandbox.files.read("/home/user/nowhere")
 
 
 async def test_an_exception_ends_the_program_and_the_sandbox(login: None) -> None:
@@ -233,7 +233,7 @@ def test_restarts_cost_time_and_nothing_else(own_daemon: "Daemon", own_client: E
             while n < 3 or not over.is_set():
                 _work(own_client, kept, n)
                 n += 1
-            ran = kept.read_file("runs").decode().split()
+            ran = kept.files.read("runs").decode().split()
         assert ran == [f"{kind}{one}" for one in range(n) for kind in ("plain", "stream")]
         return n
 
@@ -269,7 +269,7 @@ def _work(client: Eighty80, kept: Sandbox, n: int) -> None:
 
 def test_calls_wait_for_a_daemon_that_restarts(own_daemon: "Daemon", own_client: Eighty80) -> None:
     with own_client.sandbox() as sandbox:
-        sandbox.write_file("kept", "still here")
+        sandbox.files.write("kept", "still here")
         own_daemon.stop()
         starting = threading.Thread(target=own_daemon.start)
         starting.start()

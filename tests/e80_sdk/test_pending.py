@@ -24,7 +24,7 @@ from tests.e80_sdk.gaps import until, with_longest_gap
 
 async def test_a_call_has_started_before_it_is_awaited(login: FakeServer) -> None:
     async with Eighty80().sandbox() as sandbox:
-        pending = sandbox.write_file("a.txt", b"1")
+        pending = sandbox.files.write("a.txt", b"1")
         assert isinstance(pending, Pending)
         await until(lambda: login.count("PUT", "/files") == 1)
         assert await pending == 1
@@ -131,25 +131,25 @@ async def test_an_exception_in_the_block_cancels_what_is_pending(login: FakeServ
 async def test_an_error_nobody_awaited_is_raised_at_the_end(login: FakeServer) -> None:
     async def block() -> None:
         async with Eighty80().sandbox() as sandbox:
-            sandbox.read_file("nowhere")
-            sandbox.read_file("nowhere-else")
+            sandbox.files.read("nowhere")
+            sandbox.files.read("nowhere-else")
 
     with pytest.raises(NotFoundError, match="nowhere") as caught:
         await block()
-    assert any("read_file() failed too" in note for note in caught.value.__notes__)
+    assert any("files.read() failed too" in note for note in caught.value.__notes__)
     assert login.alive() == []
 
 
 async def test_an_error_that_was_awaited_is_not_raised_again(login: FakeServer) -> None:
     async with Eighty80().sandbox() as sandbox:
         with pytest.raises(NotFoundError):
-            await sandbox.read_file("nowhere")
+            await sandbox.files.read("nowhere")
 
 
 async def test_a_failed_call_is_noted_on_the_exception_of_the_block(login: FakeServer) -> None:
     async def block() -> None:
         async with Eighty80().sandbox() as sandbox:
-            pending = sandbox.read_file("nowhere")
+            pending = sandbox.files.read("nowhere")
             await until(lambda: pending._task.done())
             _ = 1 / 0
 
@@ -160,7 +160,7 @@ async def test_a_failed_call_is_noted_on_the_exception_of_the_block(login: FakeS
 
 async def test_a_call_waits_for_an_unawaited_write_before_it(login: FakeServer) -> None:
     async with Eighty80().sandbox() as sandbox:
-        sandbox.write_file("big.bin", b"x" * 5_000_000)
+        sandbox.files.write("big.bin", b"x" * 5_000_000)
         assert await sandbox.run("wc -c < big.bin") == "5000000\n"
 
 
@@ -169,7 +169,7 @@ async def test_a_failed_write_fails_what_came_after_it_once(login: FakeServer) -
 
     async def block() -> None:
         async with Eighty80().sandbox() as sandbox:
-            sandbox.write_file("taken", b"x")
+            sandbox.files.write("taken", b"x")
             sandbox.run("echo not run > ran")
 
     with pytest.raises(BadRequestError, match="is a directory") as caught:

@@ -3,6 +3,7 @@
 import asyncio
 import socket
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -334,43 +335,32 @@ async def test_without_a_key_nothing_is_sent(fake: FakeServer, waits: Waits) -> 
 async def test_half_a_file_is_an_error(fake: FakeServer, waits: Waits) -> None:
     api = make_api(fake.base_url, waits)
     info = await api.create({})
-    await api.write_file(info.id, "f", b"x" * 1000)
+    await api.files.write(info.id, "f", b"x" * 1000)
     fake.cut_file = True
     with pytest.raises(ConnectionLostError):
-        await api.read_file(info.id, "f")
+        await api.files.read(info.id, "f")
 
 
-async def test_a_body_can_be_made_anew_for_a_retry(fake: FakeServer, waits: Waits) -> None:
+async def test_a_source_is_read_again_for_a_retry(fake: FakeServer, waits: Waits, tmp_path: Path) -> None:
     fake.faults.append(Fault("PUT", "/files", 503, {"Retry-After": "0"}, BUSY))
     fake.faults.append(Fault("PUT", "/files", 0))
     api = make_api(fake.base_url, waits)
     info = await api.create({})
+    local = tmp_path / "local"
+    local.write_bytes(b"headbody")
+    with local.open("rb") as file:
+        file.read(4)
+        assert await api.files.write(info.id, "f", file) == 4
+    assert await api.files.read(info.id, "f") == b"body"
+    assert fake.count("PUT", "/files") == 3
 
-    async def pieces() -> Any:
-        yield b"one"
-        yield b"two"
 
-    assert await api.write_file(info.id, "f", pieces) == 6
-    assert await api.read_file(info.id, "f") == b"onetwo"
-
-
-async def test_a_body_that_cannot_be_made_anew_says_so(fake: FakeServer, waits: Waits) -> None:
+async def test_a_source_that_cannot_be_read_again_says_so(fake: FakeServer, waits: Waits) -> None:
     api = make_api(fake.base_url, waits)
     info = await api.create({})
     fake.faults.append(Fault("PUT", "/files", 0))
-    calls: list[int] = []
-
-    def once() -> Any:
-        calls.append(1)
-        if len(calls) > 1:
-            raise E80Error("stdin cannot be read twice")
-        return pieces()
-
-    async def pieces() -> Any:
-        yield b"one"
-
-    with pytest.raises(ConnectionLostError, match="not sent again: stdin cannot be read twice"):
-        await api.write_file(info.id, "f", once)
+    with pytest.raises(ConnectionLostError, match="not sent again: this iterator cannot be read"):
+        await api.files.write(info.id, "f", iter([b"one"]))
 
 
 async def test_connections_are_shared_inside_a_hold_and_closed_after_it(login: FakeServer) -> None:
