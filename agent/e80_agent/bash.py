@@ -1,15 +1,14 @@
 """Bash in a context: one interactive shell that reads our lines, and beside it this process, which speaks to
 the agent.
 
-Interactive, because such a shell goes back to its prompt when it is interrupted or meets a syntax error,
-where others end.
+Interactive, because such a shell goes back to its prompt when it is interrupted, where others end. What it
+runs are files, of our own descriptors: while it reads one it is as quiet as in a script.
 """
 
 from __future__ import annotations
 
 import os
 import select
-import shlex
 import signal
 import subprocess
 from types import FrameType
@@ -22,7 +21,8 @@ _TELL_FD = 219
 _INIT = "set +o history +H; unset HISTFILE PROMPT_COMMAND MAILCHECK; PS1= PS2=; builtin echo e 0 >&%d\n"
 # The second line is what is left when an interrupt throws the rest of the first away.
 _CALL = (
-    "builtin eval -- %s </dev/null >/proc/%d/fd/%d 2>/proc/%d/fd/%d %d>&-; builtin echo s $? >&%d\n"
+    "builtin source /proc/%d/fd/%d </dev/null >/proc/%d/fd/%d 2>/proc/%d/fd/%d %d>&-; "
+    "builtin echo s $? >&%d\n"
     "builtin echo e $? >&%d\n"
 )
 _MAX_TOLD = 65536
@@ -58,23 +58,26 @@ class Bash:
         self._wait()
 
     def run(self, code: str, out: int, err: int) -> int:
+        file = os.memfd_create("code", 0)
         try:
             if "\0" in code:
                 os.write(err, b"bash: the code holds a NUL character\n")
                 return 2
+            with os.fdopen(file, "wb", closefd=False) as writer:
+                writer.write(code.encode("utf-8", "surrogateescape"))
             own, told = os.getpid(), _TELL_FD
             self._running = True
-            self._send(_CALL % (shlex.quote(code), own, out, own, err, told, told, told))
+            self._send(_CALL % (own, file, own, out, own, err, told, told, told))
             return self._wait()
         finally:
             self._running = False
-            os.close(out)
-            os.close(err)
+            for fd in (file, out, err):
+                os.close(fd)
 
     def _send(self, line: str) -> None:
         assert self._shell.stdin is not None
         try:
-            self._shell.stdin.write(line.encode("utf-8", "surrogateescape"))
+            self._shell.stdin.write(line.encode())
             self._shell.stdin.flush()
         except BrokenPipeError:
             return  # it has ended, which is about to show

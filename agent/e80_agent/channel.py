@@ -18,6 +18,7 @@ REQUEST = struct.Struct(">II")
 
 READY = 16  # it takes calls
 FAULT = 17  # it cannot: a code of protocol.ERROR_CODES, a space, a message
+ENDING = 18  # there will be no call after this one
 RESULT = protocol.RECORD_RESULT
 ERROR = protocol.RECORD_ERROR
 DONE = protocol.RECORD_END  # the call has ended
@@ -26,6 +27,7 @@ _DONE = struct.Struct(">IIdI")
 _MAX_SIZES = {
     READY: 0,
     FAULT: 4096,
+    ENDING: 0,
     RESULT: protocol.MAX_RESULT,
     ERROR: protocol.MAX_ERROR,
     DONE: _DONE.size,

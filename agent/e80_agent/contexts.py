@@ -94,7 +94,8 @@ class Context:
     def end(self, why: str, over: Callable[[], None]) -> None:
         """Ends its process and all it started, and the calls in it; `over` is called when nothing is left."""
         self.lost = why
-        self._call_reason = self._call_reason or "killed"
+        if self._call is not None:
+            self._call_reason = self._call_reason or "killed"
         for run, _ in list(self._queue):
             self.kill_call(run, "killed")
         if self._process is None:
@@ -136,6 +137,8 @@ class Context:
             self._set_ready()
         elif kind == channel.FAULT:
             self._set_fault(payload)
+        elif kind == channel.ENDING:
+            self.lost = "its shell has ended"
         elif run is None:
             return  # a thread that displays something between two calls
         elif kind == channel.RESULT:
@@ -259,6 +262,8 @@ class Context:
         number = os.WTERMSIG(status)
         if number == signal.SIGKILL and oom_kills() > self._oom_kills:
             return "the sandbox ran out of memory and its process was killed"
+        if number == signal.SIGKILL:
+            return "its process was killed, or hung up on the agent and had to be"
         return "its process was ended by signal %d" % number
 
 

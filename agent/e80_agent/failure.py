@@ -4,6 +4,7 @@ as the rest of what that says."""
 from __future__ import annotations
 
 import json
+import os
 import traceback
 from types import TracebackType
 from typing import Callable, Optional
@@ -12,13 +13,21 @@ from typing import Callable, Optional
 _MAX_TRACEBACK = 24 * 1024
 _MAX_VALUE = 8 * 1024
 _MAX_NAME = 200
+_HERE = os.path.dirname(__file__) + os.sep
 
 
 def theirs(error: BaseException, is_theirs: Callable[[str], bool]) -> Optional[TracebackType]:
-    """Its traceback from the first frame on whose file is one of the tenant's."""
+    """Its traceback from the first frame on whose file is one of the tenant's, without what is of our own."""
     trace = error.__traceback__
     while trace is not None and not is_theirs(trace.tb_frame.f_code.co_filename):
         trace = trace.tb_next
+    entries = []
+    while trace is not None:
+        if not trace.tb_frame.f_code.co_filename.startswith(_HERE):
+            entries.append(trace)
+        trace = trace.tb_next
+    for entry in reversed(entries):
+        trace = TracebackType(trace, entry.tb_frame, entry.tb_lasti, entry.tb_lineno)
     return trace
 
 

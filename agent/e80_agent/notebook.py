@@ -126,6 +126,9 @@ class Shell(InteractiveShell):
     def showsyntaxerror(self, *_: Any, **__: Any) -> None:
         self.showtraceback()
 
+    def init_ipython_dir(self, ipython_dir: Any) -> None:
+        self.ipython_dir = os.environ.get("IPYTHONDIR") or os.path.expanduser("~/.ipython")
+
     def enable_gui(self, gui: Any = None) -> None:
         return  # `%matplotlib inline` asks for none
 
@@ -140,25 +143,35 @@ class Shell(InteractiveShell):
             self.user_ns["_exit_code"] = process.wait()
         except KeyboardInterrupt:
             _stop(process)
-            raise
+            raise KeyboardInterrupt from None
 
     # IPython would make its folders in the tenant's home, for features that hardly anybody asks for.
     @default("profile_dir")
     def _profile(self) -> Any:
         from IPython.core.profiledir import ProfileDir
 
+        os.makedirs(self.ipython_dir, exist_ok=True)
         return ProfileDir.create_profile_dir_by_name(self.ipython_dir, "default")
 
     @observe("ipython_dir")
     def _ipython_dir_changed(self, change: Any) -> None:
         return
 
+    def init_history(self) -> None:
+        self.history_manager = History(shell=self, parent=self)
+        self.configurables.append(self.history_manager)
+
     def init_profile_dir(self, profile_dir: Any) -> None:
         return
 
 
-# There is no session to look back on.
-HistoryManager.enabled = False
+class History(HistoryManager):
+    """Of this session alone, and in memory."""
+
+    enabled = False
+
+    def _get_hist_file_name(self, profile: Any = None) -> str:
+        return ":memory:"
 
 
 class Notebook:
@@ -166,7 +179,6 @@ class Notebook:
 
     def __init__(self, reporter: serve.Reporter) -> None:
         self.ended: Optional[int] = None
-        self._running = False
         self._shell = Shell.instance(colors="nocolor")
         self._shell.attach(reporter)
         warnings.filterwarnings("ignore", "To exit: use", UserWarning)
@@ -175,28 +187,26 @@ class Notebook:
         else:
             os.environ.setdefault("MPLBACKEND", _MATPLOTLIB)
         self._null = os.open("/dev/null", os.O_WRONLY)
-        signal.signal(signal.SIGINT, self._interrupted)
+        signal.signal(signal.SIGINT, _ignore)
 
     def run(self, code: str, out: int, err: int) -> int:
         serve.redirect(out, err)
         shell = self._shell
         shell.exit_code = 0
-        # The tenant may have set another one; that holds to the end of the call.
-        signal.signal(signal.SIGINT, self._interrupted)
         try:
-            self._running = True
+            # What the tenant sets instead holds to the end of the call.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             shell.run_cell(code, store_history=True)
-            self._running = False
+            signal.signal(signal.SIGINT, _ignore)
         except KeyboardInterrupt as error:
-            self._running = False
+            signal.signal(signal.SIGINT, _ignore)
             shell.fail(error)  # it came in between what catches it
-        self._running = False
         serve.redirect(os.dup(self._null), os.dup(self._null))
         return int(shell.exit_code)
 
-    def _interrupted(self, _number: int, _frame: Optional[FrameType]) -> None:
-        if self._running:
-            raise KeyboardInterrupt
+
+def _ignore(_number: int, _frame: Optional[FrameType]) -> None:
+    """Of an interrupt between two calls. Not SIG_IGN, which the programs that it starts would inherit."""
 
 
 def leave(code: Any = None) -> None:

@@ -58,6 +58,9 @@ def serve(language: str, fd: int) -> NoReturn:
     except Unsupported as error:
         reporter.send(channel.FAULT, ("%s %s" % (error.code, error)).encode("utf-8", "replace"))
         os._exit(1)
+    except Exception as error:
+        reporter.send(channel.FAULT, ("start_failed %s: %s" % (type(error).__name__, error)).encode()[:1000])
+        os._exit(1)
     pid = os.getpid()
     reporter.send(channel.READY, b"")
     while True:
@@ -73,6 +76,8 @@ def serve(language: str, fd: int) -> NoReturn:
             os._exit(exit_code & 0xFF)  # the call has forked, and both have come back from it
         cpu_now_s, now_kb = _usage()
         done = channel.Done(number, exit_code & 0xFF, (cpu_now_s - cpu_s) * 1000, max(0, now_kb - base_kb))
+        if speaker.ended is not None:
+            reporter.send(channel.ENDING, b"")
         sock.sendall(channel.pack_done(done))
         if speaker.ended is not None:
             os._exit(speaker.ended)
