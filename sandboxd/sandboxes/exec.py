@@ -125,13 +125,24 @@ class ExecService:
             run.status = ExecStatus.RUNNING
         return run.result()
 
+    async def follow_running(
+        self, project_id: str, sandbox_id: str, exec_id: str, after: int, allowed: Allowed
+    ) -> Chunks | None:
+        """Like `follow`, for an exec in progress here: asks the store nothing. None for any other."""
+        live = self._live.find(project_id, sandbox_id)
+        entry = self._progress.find(sandbox_id, exec_id)
+        if live is None or entry is None:
+            return None
+        feed = await self._feeds.open(live, entry.new_run())
+        return None if feed is None else self._feeds.follow(feed, after, allowed)
+
     async def follow(
         self, project_id: str, sandbox_id: str, exec_id: str, after: int, allowed: Allowed, *, alive: bool
     ) -> Chunks:
         """The events of an exec after a number (-1: from its start) to its end, for as long as the sandbox
         has them; see `Feeds.follow`. `alive` is whether its sandbox is. Raises ExecNotFoundError,
         ExecOutputGoneError, FollowersError."""
-        run, row = await self._find(sandbox_id, exec_id)
+        run, row = await self._find(sandbox_id, exec_id, keep_output=False)
         live = self._live.find(project_id, sandbox_id)
         feed = None if live is None else await self._feeds.open(live, run)
         if feed is None:
@@ -143,7 +154,7 @@ class ExecService:
     async def get(self, project_id: str, sandbox_id: str, exec_id: str, *, alive: bool) -> dict[str, Any]:
         """The result of an exec, with its output as long as the agent keeps it, or what there is so far.
         `alive` is whether its sandbox is."""
-        run, row = await self._find(sandbox_id, exec_id)
+        run, row = await self._find(sandbox_id, exec_id, keep_output=True)
         live = self._live.find(project_id, sandbox_id)
         kept = live is not None and await self._read_log(live, run)
         if kept and not run.ended:
@@ -187,7 +198,7 @@ class ExecService:
         """Writes the rows that wait. The execs go on, for the next process to take up."""
         await self.history.close()
 
-    async def _find(self, sandbox_id: str, exec_id: str) -> tuple[Run, Exec | None]:
+    async def _find(self, sandbox_id: str, exec_id: str, *, keep_output: bool) -> tuple[Run, Exec | None]:
         """What is known of an exec, as a run that has nothing of its log yet, and its row."""
         entry = self._progress.find(sandbox_id, exec_id)
         row = await self.history.find(sandbox_id, exec_id)
@@ -200,11 +211,12 @@ class ExecService:
                 title=row.title,
                 context_id=row.context_id,
                 background=row.background,
+                keep_output=keep_output,
             )
             return run, row
         if entry is None:
             raise ExecNotFoundError(exec_id)
-        return entry.new_run(keep_output=True), None
+        return entry.new_run(keep_output=keep_output), None
 
     async def _stream(self, sandbox: LiveSandbox, request: ExecRequest, run: Run, key: str | None) -> Chunks:
         teller = Teller()
