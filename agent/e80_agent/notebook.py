@@ -15,7 +15,8 @@ import warnings
 from types import FrameType
 from typing import Any, Dict, Optional
 
-from IPython.core import completer, completerlib, oinspect  # noqa: F401 - so that no child has to import them
+# So that no child has to import them.
+from IPython.core import application, completer, completerlib, crashhandler, logger, magics, oinspect  # noqa: F401
 from IPython.core.compilerop import CachingCompiler
 from IPython.core.displayhook import DisplayHook
 from IPython.core.displaypub import DisplayPublisher
@@ -123,6 +124,10 @@ class Shell(InteractiveShell):
         if error is not None:
             self.fail(error)
 
+    def _format_exception_for_storage(self, exception: BaseException, *_: Any, **__: Any) -> Dict[str, Any]:
+        # For its history. Its own traceback would cost more than the call it is of.
+        return {"ename": type(exception).__name__, "evalue": "", "traceback": []}
+
     def showsyntaxerror(self, *_: Any, **__: Any) -> None:
         self.showtraceback()
 
@@ -183,7 +188,8 @@ class Notebook:
         self._shell.attach(reporter)
         warnings.filterwarnings("ignore", "To exit: use", UserWarning)
         if "matplotlib" in sys.modules:
-            sys.modules["matplotlib"].rcParams["backend"] = _MATPLOTLIB
+            # The usual way would look for backends among all that is installed: half of a context's start.
+            dict.__setitem__(sys.modules["matplotlib"].rcParams, "backend", _MATPLOTLIB)
         else:
             os.environ.setdefault("MPLBACKEND", _MATPLOTLIB)
         self._null = os.open("/dev/null", os.O_WRONLY)

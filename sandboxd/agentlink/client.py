@@ -58,6 +58,8 @@ class Known:
     age_s: float
     left_s: float | None
     ring: bool = False
+    # For its turn in its context: its time has not begun.
+    waiting: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,4 +374,5 @@ def _known(fact: dict[str, Any]) -> Known:
         age_s=number(fact, "age_s") if "age_s" in fact else 0.0,
         left_s=None if fact.get("left_s") is None else number(fact, "left_s"),
         ring=fact.get("ring") is True,
+        waiting=fact.get("waiting") is True,
     )

@@ -33,6 +33,9 @@ log = structlog.get_logger(__name__)
 # How late the agent may be before it gets help, and how long that lasts; agentlink gives up after both.
 OVERDUE_S = 0.25
 RELIEF_S = 25.0
+# A call in a context is interrupted at its deadline, and may take so long to end of it.
+CONTEXT_GRACE_S = 1.0
+HELLO_S = 2.0
 # Requests that may follow one exec at once: each holds a connection to the agent.
 MAX_FOLLOWERS = 8
 # An exec that runs longer than this is in the history while it runs.
@@ -197,10 +200,15 @@ class Progress:
         entry.timers.append(loop.call_later(NOTE_S, self._note, entry))
         if left_s is not None:
             # Help for an agent that does not end an exec at its deadline.
-            entry.timers.append(loop.call_later(left_s + OVERDUE_S, self._overdue, entry))
+            self._expect(entry, left_s)
         self._entries[entry.id] = entry
         entry.sandbox.execs += 1
         entry.sandbox.servers += entry.endless
+
+    def _expect(self, entry: Entry, left_s: float) -> None:
+        late_s = OVERDUE_S if entry.context_id is None else OVERDUE_S + CONTEXT_GRACE_S
+        loop = asyncio.get_running_loop()
+        entry.timers.append(loop.call_later(left_s + late_s, self._overdue, entry))
 
     def _drop(self, entry: Entry) -> None:
         for timer in entry.timers:
@@ -340,6 +348,10 @@ class Progress:
         """Lets the agent out of the sandbox's CPU limit until the exec has ended. Hundreds of processes that
         fork can use up the quota in the kernel alone, period after period, and leave the agent none of it."""
         sandbox, exec_id = entry.sandbox, entry.id
+        left_s = None if entry.context_id is None else await self._left_s(entry)
+        if left_s is not None:
+            self._expect(entry, left_s)
+            return
         log.warning("exec.overdue", sandbox_id=sandbox.id, exec_id=exec_id)
         try:
             await self._runtime.limit_cpus(sandbox.id, None)
@@ -352,6 +364,18 @@ class Progress:
         finally:
             if self._live.get(sandbox.id) is not None:
                 await self._restore(sandbox)
+
+    async def _left_s(self, entry: Entry) -> float | None:
+        """What is left of a call whose time began later than we thought, because it waited for its turn in
+        its context; None when nothing is."""
+        try:
+            known = {item.id: item for item in (await entry.sandbox.agent.hello(HELLO_S)).execs}
+        except SandboxdError:
+            return None
+        item = known.get(entry.id)
+        if item is None or item.finished or not item.left_s:
+            return None
+        return item.left_s
 
     async def _restore(self, sandbox: LiveSandbox) -> None:
         try:

@@ -15,6 +15,9 @@ from sandboxd.sandboxes.states import ExecStatus
 _NOT_STARTED = {"command_not_found": 127, "command_not_executable": 126}
 _ENDED = {"timeout": ExecStatus.TIMED_OUT, "killed": ExecStatus.KILLED, "oom": ExecStatus.OOM}
 _MAX_ERROR_NAME = 100
+# How a context tells that a display may be updated, is updated, or that the output is to be cleared.
+DISPLAY_TYPE = "application/vnd.e80.display+json"
+CLEAR_TYPE = "application/vnd.e80.clear+json"
 
 
 class Run:
@@ -66,7 +69,7 @@ class Run:
             self._outcome = event
         elif isinstance(event, Result):
             if self._keep_output:
-                self._results.append(event.bundle)
+                _show(self._results, event.bundle)
         elif isinstance(event, Gap):
             self._missed = True
             self.output_bytes += event.missed_bytes
@@ -78,7 +81,7 @@ class Run:
         if isinstance(event, Output):
             (self._stderr if event.is_stderr else self._stdout).extend(event.data)
         elif isinstance(event, Result):
-            self._results.append(event.bundle)
+            _show(self._results, event.bundle)
         elif isinstance(event, Gap):
             self._missed = True
 
@@ -165,6 +168,22 @@ def result_of(row: Exec, status: str) -> dict[str, Any]:
         "duration_ms": row.duration_ms,
         "usage": {"cpu_ms": row.cpu_ms, "max_rss_mb": row.max_rss_mb},
     }
+
+
+def _show(results: list[dict[str, Any]], bundle: dict[str, Any]) -> None:
+    """Adds a result as a notebook would show it: an update in place of what it updates, nothing of what was
+    cleared."""
+    if CLEAR_TYPE in bundle:
+        results.clear()
+        return
+    display = bundle.get(DISPLAY_TYPE)
+    if isinstance(display, dict) and display.get("update") is True:
+        for index, shown in enumerate(results):
+            known = shown.get(DISPLAY_TYPE)
+            if isinstance(known, dict) and known.get("id") == display.get("id"):
+                results[index] = bundle
+                return
+    results.append(bundle)
 
 
 def _storable(exit_code: int | None) -> int | None:

@@ -13,7 +13,7 @@ from e80_agent.link import Connection
 
 def hello(agent: Agent, connection: Connection, _header: Dict[str, Any], _body: bytes) -> None:
     """Answers {protocol, python, uptime_s, faults, ready, warm, held, execs}; of each exec {id, kind, keyed,
-    finished, size, ring, age_s, left_s}."""
+    finished, size, ring, age_s, left_s, waiting}."""
     now = time.monotonic()
     connection.reply(
         {
@@ -34,7 +34,8 @@ def hello(agent: Agent, connection: Connection, _header: Dict[str, Any], _body: 
                     "size": run.log.end,
                     "ring": run.log.ring,
                     "age_s": round(now - run.created, 3),
-                    "left_s": None if run.waiting else agent.execs.left_s(run),
+                    "left_s": agent.execs.left_s(run),
+                    "waiting": run.waiting,
                 }
                 for run in agent.execs.all()
             ],
