@@ -27,8 +27,8 @@ KEEP_ALIVE_S = 15.0
 STALLED_S = 300.0
 # What is written at once. With what the connection holds at most before it asks to wait, this is all that a
 # client that does not read keeps in memory: less than 64 KiB.
-SLICE = 16 * 1024
-WRITE_BUFFER = 32 * 1024
+SLICE = 8 * 1024
+WRITE_BUFFER = 8 * 1024
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _ABORT = "sandboxd.abort"
 

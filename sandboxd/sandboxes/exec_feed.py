@@ -44,7 +44,7 @@ ALL_FEEDS_BYTES = 256 * 1024 * 1024
 # How long a feed outlives its last follower, who may be on the way back.
 LINGER_S = 5.0
 # What a follower is sent at once.
-BATCH_BYTES = 16 * 1024
+BATCH_BYTES = 8 * 1024
 # Output that is followed faster than this is left in the sandbox, whose log drops the oldest.
 MAX_RATE = 16 * 1024 * 1024
 # How often a follower's key is looked at, at most and, while nothing is told, at least.

@@ -107,18 +107,21 @@ def make_exec_router(sandboxes: SandboxService, execs: ExecService, identity: Id
     ) -> Response:
         """What the exec wrote and writes, from its start or after a number, to its end: server-sent events.
         The exec goes on whoever leaves."""
-        sandbox = await sandboxes.get(principal.project_id, sandbox_id)
-        if not is_id(exec_id):
-            raise ExecNotFoundError(exec_id)
         # A client that comes back by itself sends the first `after` again, and what it has come to.
         number = max(-1 if after is None else after, int(last_event_id or -1))
 
         async def allowed() -> Any:
             await identity.check_active(principal.key_id)
 
-        chunks = await execs.follow(
-            principal.project_id, sandbox.id, exec_id, number, allowed, alive=sandbox.is_alive
-        )
+        project_id = principal.project_id
+        chunks = await execs.follow_running(project_id, sandbox_id, exec_id, number, allowed)
+        if chunks is None:
+            sandbox = await sandboxes.get(project_id, sandbox_id)
+            if not is_id(exec_id):
+                raise ExecNotFoundError(exec_id)
+            chunks = await execs.follow(
+                project_id, sandbox.id, exec_id, number, allowed, alive=sandbox.is_alive
+            )
         return resumable_response(chunks)
 
     _add_input(router, sandboxes, execs)
