@@ -12,22 +12,20 @@ import json
 import socket
 import sys
 import time
+from collections.abc import AsyncGenerator
 from typing import Any
 
-_LINE_BYTES = 64 * 1024 * 1024
 _HEAD_S = 60.0
 
 
 async def _reader(plan: dict[str, Any], begun: asyncio.Semaphore, expected: bytes) -> tuple[float, int]:
-    reader, writer = await asyncio.open_connection(plan["host"], plan["port"], limit=_LINE_BYTES)
+    reader, writer = await asyncio.open_connection(plan["host"], plan["port"])
     taken, output = 0, bytearray()
     try:
         writer.write(_request(plan))
-        async for line in reader:
-            taken += len(line)
-            if not line.startswith(b"data: "):
-                continue
-            event = json.loads(line[6:])
+        async for text in _events(reader):
+            taken += len(text)
+            event = json.loads(text.partition(b"data: ")[2] or b'{"type": ""}')
             if event["type"] == "exec.started":
                 begun.release()
             elif event["type"] == "exec.stdout.delta":
@@ -37,11 +35,28 @@ async def _reader(plan: dict[str, Any], begun: asyncio.Semaphore, expected: byte
                 if output != expected:
                     raise SystemExit(f"a follower got {len(output)} bytes, not the {len(expected)} expected")
                 return time.monotonic(), taken
-            else:
-                raise SystemExit(f"a follower was told {line[:500]!r}")
+            elif event["type"]:
+                raise SystemExit(f"a follower was told {text[:500]!r}")
         raise SystemExit(f"a stream ended before the exec did, after {taken} bytes: {bytes(output[-200:])!r}")
     finally:
         writer.close()
+
+
+async def _events(reader: asyncio.StreamReader) -> AsyncGenerator[bytes]:
+    """The events, out of the chunks that the server cuts them into."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    if b" 200 " not in head[:16]:
+        raise SystemExit(f"the server answered a follower {head[:300]!r}")
+    parts = [b""]
+    while size := int(await reader.readline(), 16):
+        chunk = (await reader.readexactly(size + 2))[:size]
+        parts.append(chunk)
+        # Most of a long event holds no end of one: looking through all of it each time would take longest.
+        if b"\n\n" in parts[-2][-1:] + chunk:
+            *events, rest = b"".join(parts).split(b"\n\n")
+            parts = [rest]
+            for event in events:
+                yield event
 
 
 def _silent(plan: dict[str, Any]) -> socket.socket:
