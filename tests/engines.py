@@ -31,6 +31,7 @@ _STOP_S = 60
 _PACK = """
 import os, shutil, subprocess, sys, sysconfig, tarfile
 programs = 'python3 bash sh env cat ls stat id echo sleep true mkdir rm cp mv ln chmod touch dd ps'.split()
+programs += 'grep mkfifo seq setsid stty tee tty wc'.split()
 paths = {shutil.which(name) for name in programs} - {None}
 stdlib = sysconfig.get_path('stdlib')
 modules = [os.path.join(stdlib, 'lib-dynload', name) for name in os.listdir(stdlib + '/lib-dynload')]
