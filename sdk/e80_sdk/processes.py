@@ -43,11 +43,12 @@ class ProcessCore:
 
     async def wait(self, timeout_s: float | None = None) -> ExecResult:
         """The result, once there is one. What was not read yet can be read later."""
+        if self._ended is not None:
+            return self._ended
         try:
             async with asyncio.timeout(timeout_s), aclosing(self._read()) as items:
                 async for _ in items:
-                    if self._ended is not None:
-                        break
+                    pass  # what comes is for who iterates
         except TimeoutError as exc:
             raise TimeoutError(f"process {self.id} still runs after {timeout_s:g} s") from exc
         assert self._ended is not None  # follow() raises when the stream ends without it

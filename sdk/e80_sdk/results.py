@@ -170,7 +170,7 @@ class ExecReader:
 
     Attributes:
         result: The result, once it has come.
-        last: Number of the last event.
+        last: Number of the last event before it.
     """
 
     def __init__(self) -> None:
@@ -185,10 +185,11 @@ class ExecReader:
             UnexpectedResponseError: The event cannot be read.
         """
         kind, number, missed = event.get("type"), event.get("sequence_number"), event.get("missed_bytes")
-        self.last = number if isinstance(number, int) else self.last
         if kind == "exec.completed":
             self.result = ExecResult.from_event(event)
-        elif kind == "exec.gap" and isinstance(missed, int):
+            return None
+        self.last = number if isinstance(number, int) else self.last
+        if kind == "exec.gap" and isinstance(missed, int):
             self._missed_bytes += missed
         elif kind in _OUTPUT_EVENTS:
             chunk = ExecChunk.from_event(event)
