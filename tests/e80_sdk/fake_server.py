@@ -341,6 +341,17 @@ def _add_files(app: FastAPI, fake: FakeServer) -> None:
             )
         return FileResponse(target)
 
+    @app.get("/v1/sandboxes/{sandbox_id}/files/stat")
+    async def stat(sandbox_id: str, path: str) -> Any:
+        if sandbox_id not in fake.sandboxes:
+            return _error(404, "sandbox_not_found", f"no sandbox {sandbox_id!r}")
+        target = fake.file(sandbox_id, path)
+        if not target.exists():
+            return _error(404, "file_not_found", f"no file {path!r}")
+        kind = "directory" if target.is_dir() else "file"
+        facts = {"size": target.stat().st_size, "mode": "0644", "owner": "user", "modified_at": 0.0}
+        return {"object": "sandbox.file", "name": target.name, "path": path, "type": kind, **facts}
+
 
 def _add_rest(app: FastAPI, fake: FakeServer) -> None:
     @app.post("/v1/apikeys", status_code=201)
