@@ -3,6 +3,9 @@
 To the process: REQUEST (number of the call, size of its code) with two descriptors, stdout and stderr, then
 the code. From it: records, as on the link to the daemon. Tenant code shares that process and can write
 whatever it likes: everything is bounded before it is kept, and a lie concerns only the context that tells it.
+
+While a call runs, each RESULT is answered by one byte, ACK: until then who shows it prints nothing more, so
+that the agent knows what was printed before.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from e80_agent import protocol
 from e80_agent.protocol import ProtocolError
 
 REQUEST = struct.Struct(">II")
+ACK = b"."
 
 READY = 16  # it takes calls
 FAULT = 17  # it cannot: a code of protocol.ERROR_CODES, a space, a message

@@ -21,6 +21,7 @@ _READ_SIZE = 256 * 1024
 # Pipes of calls that have ended, to which something that they started may still write.
 MAX_TAILS = 16
 _TAIL_READ = 65536
+_MAX_ACKS = 4096
 _TAIL_DELAY_S = 0.05
 
 
@@ -64,7 +65,7 @@ class Process:
 
     def send(self, number: int, code: bytes, fds: List[int]) -> None:
         """Hands over a call; the descriptors are closed here. The one before it must have ended."""
-        if self._output:
+        if self._output or self._fds:
             # It told the end of a call that it had not even read.
             for fd in fds:
                 os.close(fd)
@@ -72,6 +73,14 @@ class Process:
             return
         self._output += channel.REQUEST.pack(number, len(code)) + code
         self._fds = fds
+        self._writable()
+
+    def acknowledge(self) -> None:
+        """Answers a result, whose process prints nothing more until then."""
+        self._output += channel.ACK
+        if len(self._output) > _MAX_ACKS:
+            self.kill()  # it never reads them
+            return
         self._writable()
 
     def interrupt(self) -> None:

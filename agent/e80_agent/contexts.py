@@ -213,6 +213,8 @@ class Context:
             self._execs.add_result(run, payload)
         elif before <= MAX_RESULTS:
             self._execs.add_result(run, _TOO_MANY_RESULTS)
+        if self._process is not None:
+            self._process.acknowledge()
 
     def _arm_grace(self, parts: int) -> None:
         """Interrupts once more when half of the grace is over: the first may have come too early."""

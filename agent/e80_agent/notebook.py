@@ -13,7 +13,7 @@ import subprocess
 import sys
 import warnings
 from types import FrameType
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
 # So that no child has to import them.
 from IPython.core import application, completer, completerlib, crashhandler, logger, magics, oinspect  # noqa: F401
@@ -22,6 +22,7 @@ from IPython.core.displayhook import DisplayHook
 from IPython.core.displaypub import DisplayPublisher
 from IPython.core.error import UsageError
 from IPython.core.history import HistoryManager
+from IPython.core.inputtransformer2 import leading_empty_lines
 from IPython.core.interactiveshell import InteractiveShell
 from traitlets import Type, default, observe
 
@@ -186,6 +187,9 @@ class Notebook:
         self.ended: Optional[int] = None
         self._shell = Shell.instance(colors="nocolor")
         self._shell.attach(reporter)
+        transforms = self._shell.input_transformer_manager.cleanup_transforms
+        transforms[:] = [item for item in transforms if item is not leading_empty_lines]
+        transforms.insert(0, _leading_empty_lines)
         warnings.filterwarnings("ignore", "To exit: use", UserWarning)
         if "matplotlib" in sys.modules:
             # The usual way would look for backends among all that is installed: half of a context's start.
@@ -209,6 +213,12 @@ class Notebook:
             shell.fail(error)  # it came in between what catches it
         serve.redirect(os.dup(self._null), os.dup(self._null))
         return int(shell.exit_code)
+
+
+def _leading_empty_lines(lines: List[str]) -> List[str]:
+    """Leaves them away before `%%magic` only: elsewhere the lines of tracebacks would be others."""
+    first = next((index for index, line in enumerate(lines) if line.strip()), 0)
+    return lines[first:] if lines and lines[first].startswith("%%") else lines
 
 
 def _ignore(_number: int, _frame: Optional[FrameType]) -> None:

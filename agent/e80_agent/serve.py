@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import socket
 import sys
 import threading
@@ -33,12 +34,26 @@ class Reporter:
         self._sock = sock
         self._lock = threading.Lock()
         self._pid = os.getpid()
+        self._in_call = False
+
+    def set_in_call(self, in_call: bool) -> None:
+        with self._lock:
+            self._in_call = in_call
 
     def send(self, kind: int, payload: bytes) -> None:
         if os.getpid() != self._pid:
             return  # a fork of the tenant's has nothing to tell
-        with self._lock:
-            self._sock.sendall(protocol.pack_record(kind, payload))
+        # An interrupt must not come between a record and its answer.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            with self._lock:
+                if kind == channel.RESULT and not self._in_call:
+                    return  # a thread of the tenant's, between two calls
+                self._sock.sendall(protocol.pack_record(kind, payload))
+                if kind == channel.RESULT:
+                    self._sock.recv(1)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Language(Protocol):
@@ -67,6 +82,7 @@ def serve(language: str, fd: int) -> NoReturn:
         number, code, fds = _receive(sock)
         cpu_s, base_kb = _usage()
         exit_code = 1
+        reporter.set_in_call(True)
         try:
             exit_code = speaker.run(code, *fds)
         except BaseException:
@@ -74,6 +90,7 @@ def serve(language: str, fd: int) -> NoReturn:
             os._exit(1)
         if os.getpid() != pid:
             os._exit(exit_code & 0xFF)  # the call has forked, and both have come back from it
+        reporter.set_in_call(False)
         cpu_now_s, now_kb = _usage()
         done = channel.Done(number, exit_code & 0xFF, (cpu_now_s - cpu_s) * 1000, max(0, now_kb - base_kb))
         if speaker.ended is not None:
