@@ -161,7 +161,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(_make_operations_router(services))
     app.include_router(make_identity_router(services.identity))
     app.include_router(make_sandboxes_router(services.sandboxes))
-    app.include_router(make_files_router(services.files))
+    app.include_router(make_files_router(services.files, services.identity))
     app.include_router(
         make_activity_router(services.sandboxes, services.events, services.lifecycle.meter, services.identity)
     )

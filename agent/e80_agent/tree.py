@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
@@ -28,6 +29,7 @@ _TYPES = {
 }
 # What file systems say that cannot make a file without a name.
 _NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT)
+_HIDDEN = re.compile(rb"\..*\.[0-9a-f]{12}\.part", re.DOTALL)
 
 
 def names() -> Dict[int, str]:
@@ -193,6 +195,11 @@ class NewFile:
 
 def hidden_name(name: bytes) -> bytes:
     return b".%s.%s.part" % (name[:200], os.urandom(6).hex().encode())
+
+
+def is_hidden(path: bytes) -> bool:
+    """Whether the path ends in what `hidden_name` gives."""
+    return _HIDDEN.fullmatch(os.path.basename(path)) is not None
 
 
 def _content(here: int, folders: List[str]) -> Iterator[Tuple[str, int, str]]:

@@ -1,8 +1,10 @@
 """HTTP for the files of a sandbox."""
 
+import posixpath
+import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, aclosing
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
 from fastapi import APIRouter, Depends, Header, Query, Response
@@ -10,14 +12,17 @@ from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from sandboxd.agentlink.files import Change
 from sandboxd.identity.auth import CurrentPrincipal
-from sandboxd.identity.service import check_project
+from sandboxd.identity.service import IdentityService, Principal, check_project
 from sandboxd.kit.errors import SandboxdError
 from sandboxd.kit.http import BrokenAnswerError, known_query_only
+from sandboxd.kit.sse import EVENT_STREAM, sse_response
 from sandboxd.sandboxes.file_schemas import (
     DEFAULT_LIST,
     MAX_LIST,
     AfterBytes,
+    ArchiveOut,
     ChmodBody,
     DeletedFileOut,
     EntryListOut,
@@ -28,23 +33,29 @@ from sandboxd.sandboxes.file_schemas import (
     MoveBody,
     PathBytes,
     absolute,
+    exact,
     parse_mode,
     parse_range,
 )
 from sandboxd.sandboxes.files import FileService, Target, shown
 
-_BYTES = {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+_BYTES = {"content": {"application/octet-stream": _BINARY}}
 # It is a tenant's file on our own origin: no browser may take it for a page.
 _SAFE = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandbox"}
 _UPLOAD = {"requestBody": {"content": {"application/octet-stream": {}}, "required": True}}
+# How often a watch looks whether its key is still good.
+_KEY_CHECK_S = 5.0
 
 Recursive = Annotated[bool, Query(description="A folder with all that is in it.")]
 
 
-def make_router(files: FileService) -> APIRouter:
+def make_router(files: FileService, identity: IdentityService) -> APIRouter:
     router = APIRouter(prefix="/v1/sandboxes", tags=["files"], dependencies=[Depends(known_query_only)])
     _add_content(router, files)
     _add_names(router, files)
+    _add_archives(router, files)
+    _add_watch(router, files, identity)
     return router
 
 
@@ -159,6 +170,96 @@ def _add_names(router: APIRouter, files: FileService) -> None:
         target = Target(principal.project_id, sandbox_id, body.path_bytes)
         entry = await files.chmod(target, parse_mode(body.mode) or 0, recursive=body.recursive)
         return EntryOut.of(entry, absolute(body.path_bytes))
+
+
+def _add_archives(router: APIRouter, files: FileService) -> None:
+    @router.get(
+        "/{sandbox_id}/files/archive",
+        response_class=StreamingResponse,
+        responses={200: {"content": {"application/x-tar": _BINARY, "application/gzip": _BINARY}}},
+    )
+    async def read_archive(
+        sandbox_id: str,
+        path: PathBytes,
+        principal: CurrentPrincipal,
+        compression: Annotated[Literal["none", "gzip"], Query()] = "none",
+    ) -> Response:
+        """A folder's content as a tar archive. Links stay links; sockets, pipes and devices are left out."""
+        gzip = compression == "gzip"
+        target = Target(principal.project_id, sandbox_id, path)
+        async with AsyncExitStack() as stack:
+            body = await stack.enter_async_context(files.pack(target, gzip=gzip))
+            close = stack.pop_all().aclose
+        name = (path.rstrip(b"/") or b"root") + (b".tar.gz" if gzip else b".tar")
+        headers = {"Content-Disposition": _attachment(name), **_SAFE}
+        return _Download(body, close, 200, headers, "application/gzip" if gzip else "application/x-tar")
+
+    @router.put(
+        "/{sandbox_id}/files/archive",
+        openapi_extra={
+            "requestBody": {"content": {"application/x-tar": {}, "application/gzip": {}}, "required": True}
+        },
+    )
+    async def write_archive(
+        sandbox_id: str, path: PathBytes, principal: CurrentPrincipal, request: Request
+    ) -> ArchiveOut:
+        """Unpacks a tar archive, with gzip or without, below a folder, which is made when it is missing."""
+        target = Target(principal.project_id, sandbox_id, path)
+        entries, size = await files.unpack(target, request.stream())
+        return ArchiveOut(path=shown(path), entries=entries, size=size)
+
+
+def _add_watch(router: APIRouter, files: FileService, identity: IdentityService) -> None:
+    @router.get(
+        "/{sandbox_id}/files/watch",
+        responses={200: {"content": EVENT_STREAM}},
+        response_model=None,
+        openapi_extra={"x-test-by-hand": "the answer has no end"},
+    )
+    async def watch_files(
+        sandbox_id: str,
+        path: PathBytes,
+        principal: CurrentPrincipal,
+        recursive: Annotated[bool, Query(description="All folders below, too.")] = False,
+    ) -> Response:
+        """What happens to and in a folder, or to a file, from now on, as server-sent events."""
+        changes = files.watch(Target(principal.project_id, sandbox_id, path), recursive=recursive)
+        # It has begun, or there is no stream.
+        await anext(changes)
+        return sse_response(_events(changes, absolute(path), identity, principal))
+
+
+async def _events(
+    changes: AsyncGenerator[Change | None], top: bytes, identity: IdentityService, principal: Principal
+) -> AsyncGenerator[tuple[str, Mapping[str, Any]]]:
+    async with aclosing(changes):
+        yield "watch.started", _named(top)
+        checked_at = time.monotonic()
+        async for change in changes:
+            # The stream may be older than the key's life: nothing is told to one that has been revoked.
+            if time.monotonic() > checked_at + _KEY_CHECK_S:
+                await identity.check_active(principal.key_id)
+                checked_at = time.monotonic()
+            if change is None:
+                continue
+            if change.type == "overflow":
+                yield "watch.overflow", {}
+                continue
+            event = _named(_below(top, change.path))
+            if change.source is not None:
+                event |= {
+                    name.replace("path", "from"): value
+                    for name, value in _named(_below(top, change.source)).items()
+                }
+            yield f"file.{change.type}", event
+
+
+def _named(path: bytes) -> dict[str, Any]:
+    return {"path": shown(path), "path_base64": exact(path)}
+
+
+def _below(top: bytes, path: bytes) -> bytes:
+    return posixpath.join(top, path) if path else top
 
 
 class _Download(StreamingResponse):

@@ -7,6 +7,7 @@ from typing import Any, Dict
 from e80_agent.agent import Agent
 from e80_agent.link import Connection
 from e80_agent.ops import (
+    archives,
     attach,
     command,
     contexts,
@@ -20,6 +21,7 @@ from e80_agent.ops import (
     timers,
     wait,
     warm,
+    watch,
 )
 
 OPERATIONS = {
@@ -47,6 +49,9 @@ OPERATIONS = {
     "move": folders.move,
     "remove": folders.remove,
     "chmod": folders.chmod,
+    "pack": archives.pack,
+    "unpack": archives.unpack,
+    "watch": watch.watch,
 }
 
 
