@@ -106,13 +106,15 @@ def _error_event(error: BaseException, number: int) -> bytes:
     if isinstance(error, asyncio.CancelledError):
         # The drain is over, or the client is gone; in the first case it still reads this.
         error = interrupted()
+    status = 500
     if isinstance(error, SandboxdError):
-        body = error_body(error.message, error.type, error.code, error.param)
+        body, status = error_body(error.message, error.type, error.code, error.param), error.status
     else:
         log.error("stream failed", exc_info=error)
         request_id = structlog.contextvars.get_contextvars().get("request_id", "unknown")
         body = error_body(internal_message(request_id), "server_error", "internal_error")
-    return sse_event("error", number, **body)
+    # The answer's own status is 200.
+    return sse_event("error", number, error={**body["error"], "status": status})
 
 
 class EventStream(StreamingResponse):

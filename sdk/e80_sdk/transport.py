@@ -440,8 +440,9 @@ def _decoded(event: httpx2.ServerSentEvent, response: httpx2.Response, request: 
         )
     if data.get("type") == "error":
         error = error_from_body(int(_status_in(data)), data, request_id=_request_id(response))
-        passing = error.code in _RESTARTING or error.code in _BUSY
-        raise Failure(error, resend=request.repeatable and passing, busy=error.code in _BUSY, broken=True)
+        busy = error.code in _BUSY or error.status == 429
+        passing = busy or error.code in _RESTARTING
+        raise Failure(error, resend=request.repeatable and passing, busy=busy, broken=True)
     return data
 
 

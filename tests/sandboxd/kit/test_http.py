@@ -348,12 +348,15 @@ async def test_a_stream_is_numbered(client):
     ]
 
 
-@pytest.mark.parametrize(("fault", "code"), [("known", "gone"), ("unknown", "internal_error")])
-async def test_a_broken_stream_ends_in_an_error_event(client, fault, code):
+@pytest.mark.parametrize(
+    ("fault", "code", "status"), [("known", "gone", 409), ("unknown", "internal_error", 500)]
+)
+async def test_a_broken_stream_ends_in_an_error_event(client, fault, code, status):
     with capture_logs():
         response = await client.get(f"/v1/stream?fault={fault}")
     last = events_of(response.text)[-1]
     assert (last["type"], last["sequence_number"], last["error"]["code"]) == ("error", 1, code)
+    assert last["error"]["status"] == status
     assert "secret" not in response.text
 
 
