@@ -78,10 +78,14 @@ class AsyncContext(_Facts):
     ) -> None:
         try:
             if error is None:
-                async with self._turn:
-                    pass  # everything that was started before is through
+                await self._calls.start("run", self._settled)
         finally:
             await undisturbed(_delete_quietly(self._api, self._sandbox_id, self.id))
+
+    async def _settled(self) -> None:
+        """Returns when everything that was started before is through."""
+        async with self._turn:
+            return
 
     async def _interrupt(self) -> ContextInfo:
         self.info = await self._api.contexts.interrupt(self._sandbox_id, self.id)

@@ -111,7 +111,8 @@ class ProcessCore:
         async with aclosing(self._execs.follow(self._sandbox_id, self.id, after=self._last)) as events:
             async for event in events:
                 chunk = reader.chunk(event)
-                self._ended = reader.result or self._ended
+                if reader.result is not None:
+                    self._ended = reader.result
                 yield reader, chunk
 
 

@@ -106,6 +106,9 @@ class ExecResult(str):
         """Whether the program ended by itself with exit code 0."""
         return self.status == "completed"
 
+    def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:
+        printer.text(str(self))
+
     def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
         made = {"text/plain": str(self)}
         if any(set(result.data) - {"text/plain"} for result in self.results):

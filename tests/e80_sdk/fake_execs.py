@@ -209,6 +209,10 @@ def add_execs(app: FastAPI, fake: FakeServer) -> None:
         name = (await request.json())["signal"]
         return {"object": "sandbox.exec.signal", "signal": name, "delivered": found(exec_id).signal(name)}
 
+    @app.delete("/v1/sandboxes/{sandbox_id}/contexts/{context_id}")
+    async def delete_context(sandbox_id: str, context_id: str) -> Any:
+        return {"id": context_id, "object": "sandbox.context", "deleted": True}
+
     @app.post("/v1/sandboxes/{sandbox_id}/execs/{exec_id}/stdin")
     async def stdin(sandbox_id: str, exec_id: str, request: Request) -> Any:
         body, run = await request.json(), found(exec_id)
