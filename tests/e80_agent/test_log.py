@@ -141,7 +141,7 @@ STEPS = st.lists(st.tuples(KINDS, st.integers(1, 300_000), st.integers(0, 300_00
 @settings(max_examples=60, deadline=None)
 @given(STEPS, st.integers(1000, 1_000_000), st.integers(0, 5))
 # Records leave while a part of one has been taken to be sent.
-@example([(protocol.RECORD_STDOUT, 300_000, 0)] * 10, 600_000, 0)
+@example([(protocol.RECORD_STDOUT, 300_000, 0)] * 10, 1_000_000, 2)
 def test_a_slow_follower_is_told_how_much_it_missed_and_gets_the_rest_unharmed(steps, limit, late):
     run = ring(limit)
     written: list[tuple[int, bytes]] = []
