@@ -63,7 +63,7 @@ async def download(client: AsyncEighty80, source: Remote, target: str, *, recurs
     name = source.path.rstrip("/").rsplit("/", 1)[-1]
     files = client.api.files
     entry = await _found(client, source) if recursive else None
-    with _local_errors(), progress(name or "/") as advance:
+    with _local_errors(target), progress(name or "/") as advance:
         if entry is not None and entry.type == "directory":
             if target == "-":
                 raise E80Error("a folder cannot go to stdout: name a folder", code="is_directory")
@@ -125,11 +125,13 @@ def _is_folder(source: str) -> bool:
 
 
 @contextmanager
-def _local_errors() -> Iterator[None]:
+def _local_errors(place: str | None = None) -> Iterator[None]:
+    """What fails on this machine is said of `place`, or of the file that the error names."""
     try:
         yield
     except BrokenPipeError:
         raise  # nobody reads our stdout; that is no error of a copy
     except OSError as exc:
-        where = os.fsdecode(exc.filename) if isinstance(exc.filename, str | bytes) else "here"
+        named = os.fsdecode(exc.filename) if isinstance(exc.filename, str | bytes) else "here"
+        where = printable(named if place is None else place)
         raise E80Error(f"{where}: {exc.strerror or exc}", code="local_file") from exc

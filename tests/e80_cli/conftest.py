@@ -40,7 +40,7 @@ class Cli:
     env: dict[str, str]
     folder: Path
 
-    def __call__(self, *words: str, stdin: bytes = b"", **env: str) -> Done:
+    def __call__(self, *words: str, stdin: bytes | None = b"", **env: str) -> Done:
         streams = {
             name: io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for name in ("stdout", "stderr")
         }
@@ -95,11 +95,11 @@ class Cli:
 
 
 @contextmanager
-def _stdin(content: bytes) -> Iterator[io.TextIOWrapper]:
+def _stdin(content: bytes | None) -> Iterator[io.TextIOWrapper]:
     """Stdin of this process, for those who read it by its number, too."""
     before = os.dup(0)
     with tempfile.TemporaryFile() as file:
-        file.write(content)
+        file.write(content or b"")
         file.seek(0)
         os.dup2(file.fileno(), 0)
     try:

@@ -66,7 +66,7 @@ def test_a_cut_download_leaves_the_old_file_and_nothing_else(
     folder.mkdir()
     (folder / "f").write_text("old")
     fake.cut_file = True
-    done = cli("sandbox", "cp", f"{sandbox_id}:f", "target/f")
+    done = cli("--patience-s", "0", "sandbox", "cp", f"{sandbox_id}:f", "target/f")
     assert done.returncode == 1
     assert b"connection broke" in done.stderr
     assert (folder / "f").read_text() == "old"

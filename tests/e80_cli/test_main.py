@@ -14,6 +14,8 @@ from e80_cli.main import app
 from tests.e80_cli.conftest import Cli
 from tests.e80_sdk.fake_server import FakeServer, Fault
 
+GROUPS = [("sandbox",), ("sandbox", "context"), ("sandbox", "files"), ("apikey",)]
+
 
 def all_commands() -> list[tuple[str, ...]]:
     found: list[tuple[str, ...]] = []
@@ -31,13 +33,17 @@ def all_commands() -> list[tuple[str, ...]]:
 
 def test_the_commands_of_this_version() -> None:
     lives = ("create", "list", "get", "stop", "pause", "resume", "update")
-    sandbox = [("sandbox", name) for name in (*lives, "exec", "execs", "run", "cp")]
+    work = ("exec", "run", "ps", "logs", "kill", "execs", "cp")
+    sandbox = [("sandbox", name) for name in (*lives, *work)]
+    contexts = ("create", "list", "restart", "interrupt", "delete")
+    sandbox += [("sandbox", "context", name) for name in contexts]
+    sandbox += [("sandbox", "files", name) for name in ("ls", "stat", "mkdir", "mv", "rm", "url")]
     history = [("events",), ("usage",), ("audit",)]
     apikey = [("apikey", name) for name in ("set", "list", "create", "revoke")]
     assert sorted(all_commands()) == sorted([("env",), ("doctor",), *history, *sandbox, *apikey])
 
 
-@pytest.mark.parametrize("path", [(), ("sandbox",), ("apikey",), *all_commands()], ids=" ".join)
+@pytest.mark.parametrize("path", [(), *GROUPS, *all_commands()], ids=" ".join)
 def test_every_help_shows_examples(cli_alone: Cli, path: tuple[str, ...]) -> None:
     done = cli_alone(*path, "--help")
     text = done.stdout.decode()
@@ -50,7 +56,7 @@ def test_every_help_shows_examples(cli_alone: Cli, path: tuple[str, ...]) -> Non
 
 
 def test_bare_groups_show_their_help(cli_alone: Cli) -> None:
-    for path in ((), ("sandbox",), ("apikey",)):
+    for path in ((), *GROUPS):
         done = cli_alone(*path)
         assert done.returncode == 0
         assert b"Commands:" in done.stdout
@@ -68,6 +74,12 @@ def test_bare_groups_show_their_help(cli_alone: Cli) -> None:
         (["sandbox", "create", "--label", "x"], "'x' is not NAME=VALUE"),
         (["sandbox", "exec", "sbx_1"], "either a command after `--` or --code"),
         (["sandbox", "exec", "sbx_1", "--code", "1", "--", "ls"], "either a command after `--` or --code"),
+        (["sandbox", "exec", "sbx_1", "-d", "-t", "--", "ls"], "leave -i and -t away"),
+        (["sandbox", "exec", "sbx_1", "-t", "--code", "1"], "code has no terminal"),
+        (["sandbox", "exec", "sbx_1", "-t", "--json", "--", "ls"], "takes no JSON"),
+        (["sandbox", "exec", "sbx_1", "-it", "--", "ls"], "stdin is no terminal"),
+        (["sandbox", "exec", "sbx_1", "--context", "ctx_1", "--", "ls"], "this is for --code"),
+        (["sandbox", "kill", "sbx_1"], "Missing argument 'EXEC...'"),
         (["sandbox", "run"], "name a script"),
         (["sandbox", "run", "missing.py"], "missing.py: No such file"),
         (["sandbox", "run", "-i", "-"], "cannot be both"),
