@@ -60,7 +60,9 @@ class Settings(BaseSettings):
     )
     max_sandboxes: int = Field(500, ge=1, le=60000, description="Sandboxes alive at once on this server.")
     first_uid: int = Field(
-        200000, ge=10000, description="Each sandbox has a host uid of its own, from here up."
+        200000,
+        ge=10000,
+        description="Each sandbox has two host uids of its own: one from here up, one 60000 above it.",
     )
     start_timeout_s: float = Field(
         60, gt=0, description="Time a sandbox gets to start and its agent to answer."
@@ -120,6 +122,10 @@ class Settings(BaseSettings):
     node_url: str = Field(
         "", description="Where other daemons on the same store reach this one: `http://host:port`."
     )
+    public_url: str = Field(
+        "",
+        description="Where clients reach the API, for signed URLs; the host that the client used by default.",
+    )
     fail_point: str = Field(
         "", description="For tests only: the daemon kills itself at this step of a sandbox's life."
     )
@@ -136,6 +142,13 @@ class Settings(BaseSettings):
     @classmethod
     def _http_address(cls, value: str) -> str:
         if value and not re.fullmatch(r"https?://[^\s/?#@]+/?", value):
+            raise ValueError(f"must be http://host:port or https://host:port, not {value!r}")
+        return value.rstrip("/")
+
+    @field_validator("public_url")
+    @classmethod
+    def _http_url(cls, value: str) -> str:
+        if value and not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", value):
             raise ValueError(f"must be http://host:port or https://host:port, not {value!r}")
         return value.rstrip("/")
 
