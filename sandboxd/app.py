@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse, Response
 from sandboxd.identity.auth import AuthMiddleware, CurrentPrincipal
 from sandboxd.identity.routes import make_router as make_identity_router
 from sandboxd.identity.service import IdentityService
+from sandboxd.identity.urls import SignedUrls
 from sandboxd.kit.clock import Clock, SystemClock
 from sandboxd.kit.db import Database
 from sandboxd.kit.errors import ForbiddenError, SandboxdError
@@ -37,6 +38,7 @@ from sandboxd.sandboxes.events import Events
 from sandboxd.sandboxes.exec import ExecService
 from sandboxd.sandboxes.exec_routes import make_exec_router
 from sandboxd.sandboxes.file_routes import make_router as make_files_router
+from sandboxd.sandboxes.file_urls import make_router as make_file_urls_router
 from sandboxd.sandboxes.files import FileService
 from sandboxd.sandboxes.forward import ForwardMiddleware
 from sandboxd.sandboxes.history import History
@@ -113,6 +115,7 @@ class Services:
     tasks: TaskOwner
     db: Database
     identity: IdentityService
+    urls: SignedUrls
     runtime: Runtime
     lifecycle: Lifecycle
     admission: Admission
@@ -144,7 +147,7 @@ def create_app(settings: Settings) -> FastAPI:
         responses=ERROR_RESPONSES,
         generate_unique_id_function=lambda route: route.name,
         middleware=[
-            Middleware(AuthMiddleware, identity=services.identity),
+            Middleware(AuthMiddleware, identity=services.identity, urls=services.urls),
             Middleware(ForwardMiddleware, nodes=services.nodes, live=services.lifecycle.live),
         ],
     )
@@ -162,6 +165,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(make_identity_router(services.identity))
     app.include_router(make_sandboxes_router(services.sandboxes))
     app.include_router(make_files_router(services.files, services.identity))
+    app.include_router(make_file_urls_router(services.sandboxes, services.urls, settings.public_url))
     app.include_router(
         make_activity_router(services.sandboxes, services.events, services.lifecycle.meter, services.identity)
     )
@@ -216,6 +220,7 @@ def _make_services(settings: Settings) -> Services:
         tasks=tasks,
         db=db,
         identity=IdentityService(db, clock),
+        urls=SignedUrls(db, clock),
         runtime=runtime,
         lifecycle=lifecycle,
         admission=room,

@@ -1,4 +1,5 @@
-"""Authentication at the door: every path under /v1 needs a key, before its body is read."""
+"""Authentication at the door: every path under /v1 needs a key, or the signature of one, before its body is
+read."""
 
 from typing import Annotated
 
@@ -8,7 +9,10 @@ from fastapi.security.base import SecurityBase
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from sandboxd.identity import signing
 from sandboxd.identity.service import IdentityService, Principal
+from sandboxd.identity.signing import SignedRequest
+from sandboxd.identity.urls import SignedUrls
 from sandboxd.kit.errors import SandboxdError, UnauthorizedError
 from sandboxd.kit.http import API_PREFIX, error_response
 
@@ -17,14 +21,19 @@ class AuthMiddleware:
     """Puts the Principal into the scope, or answers 401, or 503 when the store cannot be asked. A new route
     cannot forget it."""
 
-    def __init__(self, app: ASGIApp, *, identity: IdentityService) -> None:
+    def __init__(self, app: ASGIApp, *, identity: IdentityService, urls: SignedUrls) -> None:
         self.app = app
         self.identity = identity
+        self.urls = urls
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"].startswith(API_PREFIX):
             try:
-                scope["principal"] = await self.identity.authenticate(_bearer(scope))
+                signed = _signed(scope)
+                if signed is not None:
+                    scope["principal"] = await self.urls.authenticate(signed)
+                else:
+                    scope["principal"] = await self.identity.authenticate(_bearer(scope))
             except SandboxdError as error:
                 await error_response(error)(scope, receive, send)
                 return
@@ -45,6 +54,21 @@ class _PrincipalOfRequest(SecurityBase):
 
 
 CurrentPrincipal = Annotated[Principal, Depends(_PrincipalOfRequest())]
+
+
+def _signed(scope: Scope) -> SignedRequest | None:
+    """The request that a signature in the query stands for; a key, where one is sent, goes before it."""
+    if b"signature=" not in scope["query_string"]:
+        return None
+    if any(name == b"authorization" for name, _ in scope["headers"]):
+        return None
+    request = signing.read(scope["method"], scope["path"], scope["query_string"])
+    if request is None:
+        raise UnauthorizedError(
+            "The signature of this URL is wrong: a part of it is missing, or there twice.",
+            code="invalid_signature",
+        )
+    return request
 
 
 def _bearer(scope: Scope) -> str:

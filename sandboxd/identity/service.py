@@ -52,6 +52,16 @@ class Principal:
     organization_id: str
     quota: Quota = Quota()
 
+    @classmethod
+    def of(cls, key: ApiKey, project: Project) -> Self:
+        return cls(
+            key_id=key.id,
+            project_id=project.id,
+            project_slug=project.slug,
+            organization_id=project.organization_id,
+            quota=Quota.of(project),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class CreatedKey:
@@ -269,13 +279,7 @@ class IdentityService:
             self._cache.pop(secret, None)
             raise UnauthorizedError("This API key is unknown or revoked. Use another key, or create one.")
         row, project = found
-        principal = Principal(
-            key_id=row.id,
-            project_id=project.id,
-            project_slug=project.slug,
-            organization_id=project.organization_id,
-            quota=Quota.of(project),
-        )
+        principal = Principal.of(row, project)
         # A revocation that ended while the query ran must not be undone by what the query saw before it.
         if revocations == self._revocations:
             if len(self._cache) >= CACHE_SIZE and secret not in self._cache:

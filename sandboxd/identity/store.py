@@ -6,7 +6,7 @@ from sqlalchemy import update
 from sqlmodel import col, select
 from sqlmodel.ext.asyncio.session import AsyncSession
 
-from sandboxd.identity.models import ApiKey, AuditEntry, Organization, Project
+from sandboxd.identity.models import ApiKey, AuditEntry, Organization, Project, Secret
 from sandboxd.kit.paging import PageParams, paged, split
 
 
@@ -26,6 +26,15 @@ async def find_active_key(session: AsyncSession, secret_sha256: str) -> tuple[Ap
         .where(ApiKey.secret_sha256 == secret_sha256, col(ApiKey.revoked_at).is_(None))
     )
     return (await session.exec(query)).first()
+
+
+async def find_active_key_by_id(session: AsyncSession, key_id: str) -> tuple[ApiKey, Project] | None:
+    query = select(ApiKey, Project).join(Project).where(ApiKey.id == key_id, col(ApiKey.revoked_at).is_(None))
+    return (await session.exec(query)).first()
+
+
+async def find_secret(session: AsyncSession, name: str) -> Secret | None:
+    return (await session.exec(select(Secret).where(Secret.name == name))).first()
 
 
 async def is_active(session: AsyncSession, key_id: str) -> bool:

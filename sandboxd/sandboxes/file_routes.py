@@ -32,6 +32,7 @@ from sandboxd.sandboxes.file_schemas import (
     ModeQuery,
     MoveBody,
     PathBytes,
+    SignedQuery,
     absolute,
     exact,
     parse_mode,
@@ -71,6 +72,7 @@ def _add_content(router: APIRouter, files: FileService) -> None:
         principal: CurrentPrincipal,
         range: Annotated[str | None, Header(description="One range: `bytes=first-last`.")] = None,
         if_range: Annotated[str | None, Header(description="The ETag of an earlier answer.")] = None,
+        _signed: SignedQuery = None,
     ) -> Response:
         """The file's raw bytes, or a part of them."""
         part = parse_range(range)
@@ -103,6 +105,7 @@ def _add_content(router: APIRouter, files: FileService) -> None:
         request: Request,
         response: Response,
         mode: ModeQuery = None,
+        _signed: SignedQuery = None,
     ) -> FileOut:
         """Takes raw bytes of any size. The file appears, or changes, when all of it has arrived."""
         target = Target(principal.project_id, sandbox_id, path)

@@ -68,6 +68,15 @@ async def after_bytes(
     return value
 
 
+async def signed_query(
+    expires: Annotated[str | None, Query(description="Of a signed URL.")] = None,
+    key_id: Annotated[str | None, Query(description="Of a signed URL.")] = None,
+    signature: Annotated[str | None, Query(description="Of a signed URL.")] = None,
+) -> None:
+    """What a signed URL has besides. It was checked at the door, before anything else."""
+
+
+SignedQuery = Annotated[None, Depends(signed_query)]
 PathBytes = Annotated[bytes, Depends(path_bytes)]
 AfterBytes = Annotated[bytes | None, Depends(after_bytes)]
 ModeQuery = Annotated[

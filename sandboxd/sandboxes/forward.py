@@ -24,6 +24,8 @@ log = structlog.get_logger(__name__)
 # Plain segments only: with dots, empty ones or escapes the other node would be asked for something else.
 _PATH = re.compile(rf"/v1/sandboxes/({ID_PATTERN.strip('^$')})((?:/[a-z0-9_]+)*)")
 _FROM_THE_STORE = ("", "/events")
+# The same for any method. A signed URL names the host that the client used: the other node does not know it.
+_FROM_ANYWHERE = ("/files/urls",)
 FORWARDED = b"x-sandboxd-forwarded"
 CONNECT_TIMEOUT_S = 5.0
 # For one connection to fall silent: an exec may say nothing for as long as it may run.
@@ -99,7 +101,7 @@ class ForwardMiddleware:
         found = _PATH.fullmatch(scope["path"])
         if found is None or self.live.get(found[1]) is not None:
             return None
-        if scope["method"] == "GET" and (found[2] or "") in _FROM_THE_STORE:
+        if (scope["method"] == "GET" and (found[2] or "") in _FROM_THE_STORE) or found[2] in _FROM_ANYWHERE:
             return None
         if any(name == FORWARDED for name, _ in scope["headers"]):
             return None  # the other node says that it is ours; going round in circles helps nobody

@@ -7,6 +7,7 @@ from sandboxd.identity.auth import AuthMiddleware
 from sandboxd.identity.routes import make_router
 from sandboxd.identity.secrets import new_key
 from sandboxd.identity.service import IdentityService
+from sandboxd.identity.urls import SignedUrls
 from sandboxd.kit.db import Database
 from sandboxd.kit.http import Drain, install
 from sandboxd.kit.metrics import Metrics
@@ -18,8 +19,8 @@ def identity(db, clock):
 
 
 @pytest.fixture
-async def make_client(identity):
-    app = FastAPI(middleware=[Middleware(AuthMiddleware, identity=identity)])
+async def make_client(identity, db, clock):
+    app = FastAPI(middleware=[Middleware(AuthMiddleware, identity=identity, urls=SignedUrls(db, clock))])
     install(app, metrics=Metrics(), drain=Drain(), max_body_bytes=1000)
     app.include_router(make_router(identity))
     transport = httpx2.ASGITransport(app=app)
