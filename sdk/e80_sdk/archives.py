@@ -183,7 +183,9 @@ class _Unpacking:
         except tarfile.TarError as exc:
             raise BadArchiveError(f"the archive cannot be read: {exc}") from exc
         for parts, leads_to in self._links.items():
-            os.symlink(leads_to, self._made(parts))
+            path = self._made(parts)
+            path.unlink(missing_ok=True)
+            os.symlink(leads_to, path)
         return entries
 
     def _take(self, archive: tarfile.TarFile, entry: tarfile.TarInfo) -> None:

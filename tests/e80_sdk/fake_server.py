@@ -14,7 +14,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,10 +22,11 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request
-from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tests.e80_sdk.fake_execs import FakeExec, Piece, add_execs, lines
+from tests.e80_sdk.fake_files import add_files, refusal
 from tests.e80_sdk.fake_history import add_history, note, page
 
 API_KEY = "8080_live_" + "a" * 43 + "_bbbbbb"
@@ -94,7 +95,14 @@ class FakeServer:
     cut_cleanly: bool = False
     """... by ending the answer in good order instead of dropping the connection."""
     cut_file: bool = False
-    """Drop the connection in the middle of a download."""
+    """Drop the connection in the middle of every download."""
+    file_cuts: list[int] = field(default_factory=list)
+    """Drop one download or archive each, after so many bytes; `on_cut` is called then."""
+    on_cut: Callable[[], object] = lambda: None
+    archive: bytes = b""
+    """What every folder is as an archive; and the last one that was sent."""
+    changes: list[list[dict[str, Any]]] = field(default_factory=list)
+    """What each watcher is told before its connection drops."""
     error_event: dict[str, Any] | None = None
     """Put this error at the end of streams instead of the result."""
 
@@ -116,11 +124,6 @@ class FakeServer:
         return self.workspace(sandbox_id) / path.removeprefix("/home/user").lstrip("/")
 
 
-def _error(status: int, code: str, message: str, **more: Any) -> JSONResponse:
-    body = {"error": {"message": message, "type": "fake", "param": None, "code": code, **more}}
-    return JSONResponse(body, status, headers={"X-Request-Id": "req_fake"})
-
-
 def make_app(fake: FakeServer) -> ASGIApp:
     app = FastAPI()
 
@@ -132,7 +135,7 @@ def make_app(fake: FakeServer) -> ASGIApp:
     _add_changes(app, fake)
     _add_work(app, fake)
     add_execs(app, fake)
-    _add_files(app, fake)
+    add_files(app, fake)
     _add_rest(app, fake)
     add_history(app, fake)
     return _gate(app, fake)
@@ -144,7 +147,7 @@ def _gate(app: ASGIApp, fake: FakeServer) -> ASGIApp:
     async def gate(scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         path = request.url.path
-        raw = b"" if path.endswith("/files") else await request.body()
+        raw = b"" if path.endswith(("/files", "/archive")) else await request.body()
         body = json.loads(raw) if raw else None
         fake.seen.append(Seen(request.method, path, request.url.query, dict(request.headers), body))
         fault = _fault_for(fake, request.method, path)
@@ -158,7 +161,7 @@ def _gate(app: ASGIApp, fake: FakeServer) -> ASGIApp:
         answer = None if fault is None else _answer_of(fault)
         if answer is None and path.startswith("/v1"):
             known = request.headers.get("authorization") == f"Bearer {fake.api_key}"
-            answer = None if known else _error(401, "unauthorized", "unknown API key")
+            answer = None if known else refusal(401, "unauthorized", "unknown API key")
         if answer is not None:
             await answer(scope, receive, send)
             return
@@ -197,11 +200,11 @@ def _add_sandboxes(app: FastAPI, fake: FakeServer) -> None:
     async def create(request: Request) -> Any:
         body = await request.json()
         if "image" in body and body["image"] == "missing":
-            return _error(400, "invalid_request", "there is no image 'missing'", param="image")
+            return refusal(400, "invalid_request", "there is no image 'missing'", param="image")
         key = request.headers.get("idempotency-key", "")
         if key in fake.answers:
             known, answer = fake.answers[key]
-            return answer if known == body else _error(409, "idempotency_conflict", f"key {key!r} was used")
+            return answer if known == body else refusal(409, "idempotency_conflict", f"key {key!r} was used")
         sandbox_id = f"sbx_{len(fake.sandboxes):026d}"
         now = time.time()
         made = {"id": sandbox_id, "object": "sandbox", "status": "running", "termination_reason": None}
@@ -243,13 +246,13 @@ def _add_sandboxes(app: FastAPI, fake: FakeServer) -> None:
         found = fake.sandboxes.get(sandbox_id)
         if found and found["status"] == "creating":
             found |= {"status": "failed", "termination_reason": "lost"}
-        return found or _error(404, "not_found", f"no sandbox {sandbox_id!r}")
+        return found or refusal(404, "not_found", f"no sandbox {sandbox_id!r}")
 
     @app.post("/v1/sandboxes/{sandbox_id}/stop")
     async def stop(sandbox_id: str) -> Any:
         found = fake.sandboxes.get(sandbox_id)
         if found is None:
-            return _error(404, "not_found", f"no sandbox {sandbox_id!r}")
+            return refusal(404, "not_found", f"no sandbox {sandbox_id!r}")
         if found["status"] != "stopped":
             found |= {"status": "stopped", "termination_reason": "user"}
             note(fake, "stopped", sandbox_id, reason="user")
@@ -260,9 +263,9 @@ def _add_changes(app: FastAPI, fake: FakeServer) -> None:
     def alive(sandbox_id: str) -> Any:
         found = fake.sandboxes.get(sandbox_id)
         if found is None:
-            return _error(404, "not_found", f"no sandbox {sandbox_id!r}")
+            return refusal(404, "not_found", f"no sandbox {sandbox_id!r}")
         if found["status"] == "stopped":
-            return _error(409, "sandbox_not_running", "the sandbox has ended (user)")
+            return refusal(409, "sandbox_not_running", "the sandbox has ended (user)")
         return found
 
     def turn(sandbox_id: str, status: str, kind: str) -> Any:
@@ -295,17 +298,17 @@ def _add_work(app: FastAPI, fake: FakeServer) -> None:
         body = await request.json()
         found = fake.sandboxes.get(sandbox_id)
         if found is None:
-            return _error(404, "not_found", f"no sandbox {sandbox_id!r}")
+            return refusal(404, "not_found", f"no sandbox {sandbox_id!r}")
         if found["status"] == "paused":
-            return _error(409, "sandbox_paused", "the sandbox is paused; it goes on when it is resumed")
+            return refusal(409, "sandbox_paused", "the sandbox is paused; it goes on when it is resumed")
         if found["status"] != "running":
-            return _error(
+            return refusal(
                 409, "sandbox_not_running", f"the sandbox has ended ({found['termination_reason']})"
             )
         key = request.headers.get("idempotency-key")
         run = fake.execs.get(f"{sandbox_id} {key}") if key else None
         if run is not None and run.body != body:
-            return _error(409, "idempotency_conflict", f"key {key!r} was used for another exec")
+            return refusal(409, "idempotency_conflict", f"key {key!r} was used for another exec")
         if run is None:
             run = FakeExec(fake, sandbox_id, body, key)
             fake.execs[f"{sandbox_id} {key or run.id}"] = run
@@ -314,43 +317,6 @@ def _add_work(app: FastAPI, fake: FakeServer) -> None:
         if body.get("stream"):
             return StreamingResponse(lines(fake, run), media_type="text/event-stream")
         return [event async for event in run.events()][-1]["exec"]
-
-
-def _add_files(app: FastAPI, fake: FakeServer) -> None:
-    @app.put("/v1/sandboxes/{sandbox_id}/files", status_code=201)
-    async def put(sandbox_id: str, path: str, request: Request) -> Any:
-        if sandbox_id not in fake.sandboxes:
-            return _error(404, "not_found", f"no sandbox {sandbox_id!r}")
-        target = fake.file(sandbox_id, path)
-        if target.is_dir():
-            return _error(400, "is_a_directory", f"{path!r} is a directory")
-        size = 0
-        with target.open("wb") as file:
-            async for chunk in request.stream():
-                size += file.write(chunk)
-        return {"object": "sandbox.file", "path": path, "size": size}
-
-    @app.get("/v1/sandboxes/{sandbox_id}/files")
-    async def read(sandbox_id: str, path: str) -> Any:
-        target = fake.file(sandbox_id, path)
-        if not target.is_file():
-            return _error(404, "not_found", f"no file {path!r}")
-        if fake.cut_file:
-            return StreamingResponse(
-                _half(target.read_bytes()), headers={"content-length": str(target.stat().st_size)}
-            )
-        return FileResponse(target)
-
-    @app.get("/v1/sandboxes/{sandbox_id}/files/stat")
-    async def stat(sandbox_id: str, path: str) -> Any:
-        if sandbox_id not in fake.sandboxes:
-            return _error(404, "sandbox_not_found", f"no sandbox {sandbox_id!r}")
-        target = fake.file(sandbox_id, path)
-        if not target.exists():
-            return _error(404, "file_not_found", f"no file {path!r}")
-        kind = "directory" if target.is_dir() else "file"
-        facts = {"size": target.stat().st_size, "mode": "0644", "owner": "user", "modified_at": 0.0}
-        return {"object": "sandbox.file", "name": target.name, "path": path, "type": kind, **facts}
 
 
 def _add_rest(app: FastAPI, fake: FakeServer) -> None:
@@ -381,17 +347,11 @@ def _add_rest(app: FastAPI, fake: FakeServer) -> None:
             if key["id"] == key_id:
                 key["revoked_at"] = time.time()
                 return key
-        return _error(404, "not_found", f"no key {key_id!r}")
+        return refusal(404, "not_found", f"no key {key_id!r}")
 
     @app.get("/v1/doctor")
     async def doctor() -> Any:
         return {"object": "list", "data": fake.checks, "isolation": {"level": 0, "runtime": "runc"}}
-
-
-async def _half(content: bytes) -> AsyncGenerator[bytes]:
-    yield content[: len(content) // 2]
-    await asyncio.sleep(0.05)  # lets the first half leave before the connection drops
-    raise ConnectionError("cut by the test")
 
 
 @contextmanager
