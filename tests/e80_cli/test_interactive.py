@@ -80,7 +80,7 @@ def test_a_program_that_has_the_whole_screen(cli: Cli, box: str) -> None:
         person.type(" ")
         person.see("line 18")
         person.type("G")
-        person.see("line 199")
+        person.see("line 199", "(END)")  # now it waits for a key
         person.resize(20, 40)
         person.see("~", "(END)")  # it has room below the last line now
         person.type("q")
