@@ -1,4 +1,4 @@
-"""Files of a sandbox from either face: transfers that break, names of any bytes, folders, changes, addresses."""
+"""Files of a sandbox from either face: transfers that break, names of any bytes, folders, changes, URLs."""
 
 import asyncio
 import base64
@@ -187,7 +187,7 @@ async def test_a_folder_that_nobody_waits_for_any_more(login: FakeServer, tmp_pa
         pending = sandbox.files.download_dir("x", tmp_path / "here", progress=lambda *_: pending.cancel())
         with pytest.raises(asyncio.CancelledError):
             await pending
-    assert list(tmp_path.iterdir()) == []
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_folder_is_sent_again_when_the_connection_breaks(login: FakeServer, tmp_path: Path) -> None:
@@ -298,7 +298,7 @@ def test_folders_there_and_back(real_sandbox: Sandbox, tmp_path: Path) -> None:
     (source / "link").symlink_to("sub/run.sh")
     files = real_sandbox.files
     assert files.upload_dir(source, "up") == 5
-    assert real_sandbox.run("up/link") == "hi"
+    assert real_sandbox.run("up/link") == "hi\n"
     assert files.download_dir("up", tmp_path / "back") == 5
     assert tree(tmp_path / "back") == tree(source)
     real_sandbox.run("ln -s /etc/passwd up/out")
@@ -344,11 +344,11 @@ def test_addresses_that_need_no_key(real_sandbox: Sandbox) -> None:
 
 @pytest.mark.docker
 def test_big_files_take_little_memory(real_sandbox: Sandbox, tmp_path: Path) -> None:
-    """Big files fail for their size in memory (deer-flow#4811): 200 MB go each way in pieces."""
+    """Big files fail for their size in memory (deer-flow#4811): 64 MB go each way in pieces."""
     local = tmp_path / "big"
     piece = os.urandom(1024 * 1024)
     with local.open("wb") as file:
-        for _ in range(200):
+        for _ in range(64):
             file.write(piece)
     tracemalloc.start()
     real_sandbox.files.write("big", local)
@@ -356,12 +356,13 @@ def test_big_files_take_little_memory(real_sandbox: Sandbox, tmp_path: Path) -> 
     real_sandbox.files.download_dir(".", tmp_path / "folder")
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert most < 30_000_000
-    for copy in (tmp_path / "back", tmp_path / "folder" / "big"):
-        with local.open("rb") as one, copy.open("rb") as other:
-            assert (
-                hashlib.file_digest(one, "sha256").digest() == hashlib.file_digest(other, "sha256").digest()
-            )
+    assert most < 16_000_000
+    assert len({_digest(path) for path in (local, tmp_path / "back", tmp_path / "folder" / "big")}) == 1
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @pytest.mark.docker
