@@ -14,7 +14,7 @@ from e80_agent import protocol
 
 from sandboxd.agentlink.contexts import Contexts
 from sandboxd.agentlink.errors import AgentRefusedError, LinkBrokenError, UnknownExecError
-from sandboxd.agentlink.exec_log import Event, base_of, parse_event, read_log
+from sandboxd.agentlink.exec_log import Event, base_of, parse_event, read_log, size_of
 from sandboxd.agentlink.files import Files
 from sandboxd.agentlink.wire import (
     CALL_TIMEOUT_S,
@@ -257,7 +257,7 @@ class Agent:
             async with asyncio.timeout(CALL_TIMEOUT_S):
                 send(stream, _attach_header(exec_id, 0), b"")
                 reply = check(await read_header(stream))
-                gap, base = base_of(reply, 0)
+                gap, base = base_of(reply, 0, 0)
                 size = count(reply, "size") - base
                 events: list[Event] = [] if gap is None else [gap]
                 while 0 < size <= MAX_LOG:
@@ -289,14 +289,17 @@ class Agent:
         deadline = None if limit_s is None else asyncio.get_running_loop().time() + limit_s
         stream = await self._dial(CALL_TIMEOUT_S)
         losses = 0
+        output = 0 if offset == 0 else None
         while True:
             try:
                 room = None if max_log is None else max_log - offset
-                async with aclosing(read_log(stream, header, body, deadline, room, offset)) as log:
+                async with aclosing(read_log(stream, header, body, deadline, room, offset, output)) as log:
                     async for event, end in log:
                         if end > offset:
                             losses = 0
                         offset = end
+                        if output is not None:
+                            output += size_of(event)
                         yield event, end
                 return
             except (asyncio.IncompleteReadError, ConnectionError) as error:

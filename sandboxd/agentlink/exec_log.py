@@ -65,8 +65,8 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """Output that was dropped before this follower came to it, from a log that keeps the newest. Who asked
-    for the log from an offset in the middle is told of some more: the 5 bytes that head each record count."""
+    """Output that was dropped before this follower came to it, from a log that keeps the newest. Who began
+    in the middle of the log may be told of some more: the 5 bytes that head each record count."""
 
     missed_bytes: int
 
@@ -75,11 +75,17 @@ Event = Started | Output | Failure | Result | Gap | Outcome
 
 
 async def read_log(
-    stream: Stream, header: dict[str, Any], body: bytes, deadline: float | None, room: int | None, offset: int
+    stream: Stream,
+    header: dict[str, Any],
+    body: bytes,
+    deadline: float | None,
+    room: int | None,
+    offset: int,
+    output: int | None = None,
 ) -> AsyncGenerator[tuple[Event, int]]:
     """Sends the request, which is answered with the log from `offset` on, and yields the exec's events up to
     its Outcome, each with the offset in the log where it ends; no more than `room` bytes of them, whatever
-    the agent sends."""
+    the agent sends. `output` is how much output there was before the offset, where that is known."""
     between_requests = False
     turn = _TURN
     try:
@@ -90,7 +96,7 @@ async def read_log(
         check(reply)
         if header.get("resume"):
             yield _started(reply), offset
-        gap, offset = base_of(reply, offset)
+        gap, offset = base_of(reply, offset, output)
         if gap is not None:
             yield gap, offset
         while True:
@@ -125,12 +131,20 @@ async def read_log(
             stream.close()
 
 
-def base_of(reply: dict[str, Any], offset: int) -> tuple[Gap | None, int]:
-    """Where the log begins that a reply announces, asked for from `offset` on, and what is missing before."""
+def base_of(reply: dict[str, Any], offset: int, output: int | None) -> tuple[Gap | None, int]:
+    """Where the log begins that a reply announces, asked for from `offset` on, and what is missing before:
+    what was dropped in all, without the `output` that came before the offset."""
     base = count(reply, "base") if "base" in reply else 0
     if base <= offset:
         return None, offset
-    return Gap(count(reply, "dropped") if offset == 0 else base - offset), base
+    return Gap(base - offset if output is None else max(0, count(reply, "dropped") - output)), base
+
+
+def size_of(event: Event) -> int:
+    """How much output an event stands for."""
+    if isinstance(event, Output):
+        return len(event.data)
+    return event.missed_bytes if isinstance(event, Gap) else 0
 
 
 def _gap(payload: bytes, offset: int) -> tuple[Gap, int]:

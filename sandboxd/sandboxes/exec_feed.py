@@ -16,7 +16,7 @@ import structlog
 
 from sandboxd.agentlink.errors import AgentRefusedError, LinkBrokenError, UnknownExecError
 from sandboxd.agentlink.exec_log import Event, Outcome, Output
-from sandboxd.kit.errors import SandboxdError, UnavailableError
+from sandboxd.kit.errors import BadRequestError, SandboxdError, UnavailableError
 from sandboxd.kit.metrics import Metrics
 from sandboxd.kit.tasks import TaskOwner
 from sandboxd.runtimes.errors import AgentUnreachableError
@@ -56,6 +56,7 @@ _PAUSED_POLL_S = 0.25
 # What an event costs beside its text, and how many of the dropped ones are remembered by number.
 _OVERHEAD = 150
 _REMEMBERED = 65536
+_GAPS = 4096
 _TRIM = 1024
 
 Allowed = Callable[[], Awaitable[object]]
@@ -84,6 +85,8 @@ class Feed:
         self.task: asyncio.Task[None] | None = None
         self.leaving: asyncio.TimerHandle | None = None
         self.bytes = 0
+        # The first event there ever was.
+        self.first = (0, b"")
         # Events that were dropped before the first of `_items`, and the output they stood for.
         self.dropped = 0
         self.dropped_size = 0
@@ -99,11 +102,24 @@ class Feed:
         """How many events there were so far."""
         return self.dropped + len(self._items)
 
+    @property
+    def last(self) -> int:
+        """The number of the last event; -1 without any."""
+        return self._items[-1].number if self._items else -1
+
+    @property
+    def can_grow(self) -> bool:
+        return not self.ended and not self.unknown and self.fault is None
+
     def add(self, told: Told) -> None:
         if told.type == GAP:
             last = self._items[-1].number if self._items else 0
             self._gaps[told.number] = (last, told.size)
+            if len(self._gaps) > _GAPS:
+                del self._gaps[next(iter(self._gaps))]
         item = _Item(told.number, told.encoded(), told.size)
+        if not self.end:
+            self.first = (item.number, item.chunk)
         self._items.append(item)
         self.bytes += len(item.chunk) + _OVERHEAD
 
@@ -114,7 +130,7 @@ class Feed:
     async def wait(self, at: int, timeout_s: float = SILENT_CHECK_S) -> None:
         """Until there is an event with the index `at`, or somebody has called `wake`; at most a while."""
         changed = self._changed
-        if self.end > at or self.ended or self.unknown or self.fault is not None:
+        if self.end > at or not self.can_grow:
             return
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
@@ -131,7 +147,6 @@ class Feed:
             self.dropped_size += item.size
             self._gone_numbers.append(item.number)
             self._gone_sizes.append(self.dropped_size)
-            self._gaps.pop(item.number, None)
             count += 1
         del self._items[:count]
         self.dropped += count
@@ -144,7 +159,12 @@ class Feed:
             index = bisect_right(self._gone_numbers, after)
             behind = self.dropped - len(self._gone_numbers) + index
             if index:
-                return behind, self._gone_sizes[index - 1]
+                began, missed = (after, 0)
+                if index < len(self._gone_numbers):
+                    began, missed = self._gaps.get(self._gone_numbers[index], (after, 0))
+                # Of a gap in the log it may have had a part.
+                had = 0 if after <= began else max(0, missed - (self._gone_numbers[index] - after))
+                return behind, self._gone_sizes[index - 1] + had
             # So long ago that its number is forgotten: told is at most a little more than what is missing.
             first = self._gone_numbers[0] if self._gone_numbers else self._items[0].number
             before = self._gone_sizes[0] if self._gone_sizes else self.dropped_size
@@ -178,8 +198,8 @@ class Feed:
             return None
         return Told(number, GAP, {"missed_bytes": min(missed, number - after)}, missed)
 
-    def first_kept(self) -> int:
-        return self._items[0].number
+    def last_dropped(self) -> int:
+        return self._gone_numbers[-1]
 
     def output(self) -> Iterable[Event]:
         """What the kept events have of the output: of an exec whose sandbox is gone, nothing else has it."""
@@ -189,6 +209,23 @@ class Feed:
                 text = fact["delta"]
                 data = b64decode(text) if "encoding" in fact else text.encode("utf-8", "surrogatepass")
                 yield Output(fact["type"] == "exec.stderr.delta", data)
+
+
+class _Permission:
+    """Whether a follower is still told: looked at now and then."""
+
+    def __init__(self, allowed: Allowed, draining: Callable[[], bool]) -> None:
+        self._allowed = allowed
+        self._draining = draining
+        self._loop = asyncio.get_running_loop()
+        self._checked_at = self._loop.time()
+
+    async def go_on(self) -> None:
+        if self._loop.time() - self._checked_at >= CHECK_S:
+            await self._allowed()
+            self._checked_at = self._loop.time()
+        if self._draining():
+            raise UnavailableError("The server is shutting down; follow again from the last event.")
 
 
 class Feeds:
@@ -204,6 +241,7 @@ class Feeds:
         draining: Callable[[], bool],
         patience_s: float,
         linger_s: float = LINGER_S,
+        feed_bytes: int = FEED_BYTES,
     ) -> None:
         self._tasks = tasks
         self._live = live
@@ -211,6 +249,7 @@ class Feeds:
         self._draining = draining
         self._patience_s = patience_s
         self._linger_s = linger_s
+        self._feed_bytes = feed_bytes
         self._feeds: dict[str, Feed] = {}
         self._followers: Counter[str] = Counter()
         self._gaps = metrics.exec_gaps
@@ -248,42 +287,54 @@ class Feeds:
         project_id = str(feed.sandbox.project_id)
         self._join(feed)
         self._followers[project_id] += 1
-        loop = asyncio.get_running_loop()
         try:
-            at, seen = (0, 0) if after < 0 else feed.place(after)
-            gap = feed.gap_from(at, after)
-            if gap is not None:
-                at, seen = at + 1, seen + gap.size
-                yield gap.number, gap.encoded()
-            checked_at = loop.time()
-            while True:
-                if at < feed.dropped:
-                    number = feed.first_kept() - 1
-                    missed = feed.dropped_size - seen
-                    at, seen = feed.dropped, feed.dropped_size
-                    self._gaps.inc()
-                    yield number, Told(number, GAP, {"missed_bytes": missed}).encoded()
-                    continue
-                if at < feed.end:
-                    number, chunk, count, size = feed.batch(at)
-                    at, seen = at + count, seen + size
-                    yield number, chunk
-                elif feed.ended:
-                    return
-                elif feed.fault is not None:
-                    raise feed.fault
-                else:
-                    await feed.wait(at)
-                if loop.time() - checked_at >= CHECK_S:
-                    await allowed()
-                    checked_at = loop.time()
-                if self._draining() and not (feed.ended and at >= feed.end):
-                    raise UnavailableError("The server is shutting down; follow again from the last event.")
+            if feed.followers > MAX_EXEC_FOLLOWERS:
+                raise FollowersError(f"{MAX_EXEC_FOLLOWERS} clients follow exec {feed.run.id}, the limit")
+            may = _Permission(allowed, self._draining)
+            async for item in self._follow(feed, after, may):
+                yield item
         finally:
             self._followers[project_id] -= 1
             if not self._followers[project_id]:
                 del self._followers[project_id]
             self._leave(feed)
+
+    async def _follow(self, feed: Feed, after: int, may: "_Permission") -> Chunks:
+        while feed.last <= after and feed.can_grow:
+            # It is being read anew, and has not come to where the follower was.
+            await feed.wait(feed.end)
+            await may.go_on()
+        if feed.ended and after > feed.last:
+            raise BadRequestError(
+                f"'after' {after} is beyond the last event of the exec, {feed.last}.", param="after"
+            )
+        at, seen = (0, 0) if after < 0 else feed.place(after)
+        if after < 0 and feed.dropped:
+            # However late it comes, it is told whose output this is.
+            yield feed.first
+        gap = feed.gap_from(at, after)
+        if gap is not None:
+            at, seen = at + 1, seen + gap.size
+            yield gap.number, gap.encoded()
+        while True:
+            if at < feed.dropped:
+                missed = feed.dropped_size - seen
+                at, seen = feed.dropped, feed.dropped_size
+                self._gaps.inc()
+                number = feed.last_dropped()
+                yield number, Told(number, GAP, {"missed_bytes": missed}).encoded()
+            elif at < feed.end:
+                number, chunk, count, size = feed.batch(at)
+                at, seen = at + count, seen + size
+                yield number, chunk
+            elif feed.ended:
+                return
+            elif feed.fault is not None:
+                raise feed.fault
+            else:
+                await feed.wait(at)
+            if not feed.ended or at < feed.end:
+                await may.go_on()
 
     async def tick(self) -> None:
         """A job: lets followers go when the daemon stops."""
@@ -419,7 +470,7 @@ class Feeds:
         return run.result()
 
     def _share(self) -> int:
-        return max(FEED_MIN_BYTES, min(FEED_BYTES, ALL_FEEDS_BYTES // max(1, len(self._feeds))))
+        return min(self._feed_bytes, max(FEED_MIN_BYTES, ALL_FEEDS_BYTES // max(1, len(self._feeds))))
 
 
 def started(run: Run) -> dict[str, Any]:
