@@ -160,13 +160,13 @@ def passwd(spec: SandboxSpec) -> str:
     uid, nobody = spec.uid, spec.nobody_uid
     return (
         "root:x:0:0:root:/root:/usr/sbin/nologin\n"
-        f"user:x:{uid}:{uid}:user:/home/user:/bin/bash\n"
         f"nobody:x:{nobody}:{nobody}:nobody:/tmp:/bin/bash\n"
+        f"user:x:{uid}:{uid}:user:/home/user:/bin/bash\n"
     )
 
 
 def group(spec: SandboxSpec) -> str:
-    return f"root:x:0:\ntty:x:5:\nnogroup:x:65534:\nuser:x:{spec.uid}:\nnobody:x:{spec.nobody_uid}:\n"
+    return f"root:x:0:\ntty:x:5:\nnogroup:x:65534:\nnobody:x:{spec.nobody_uid}:\nuser:x:{spec.uid}:\n"
 
 
 def _bind(source: str, target: str, *, read_only: bool) -> dict[str, Any]:
