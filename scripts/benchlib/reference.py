@@ -18,7 +18,7 @@ from scripts.benchlib.figures import BenchError
 IMAGE = "e80/default:latest"
 READY_S = 60.0
 _LABEL = f"e80.bench={os.getpid()}"
-_UID = 199999
+_SPEC = SandboxSpec("bench", "bench", IMAGE, 1.0, 512, 1024, 65536, 256, 199999, "runc")
 _ANSWER = f"""
 with open({container.LINK_TARGET + "/ready"!r}, "w") as file:
     print(6*7, file=file)
@@ -59,8 +59,8 @@ class RawContainer:
         link = self._folder / "link"
         for name in ("link", "agent", "workspace/home", "workspace/tmp"):
             (self._folder / name).mkdir(parents=True)
-        (link / "passwd").write_text(container.passwd(_UID))
-        (link / "group").write_text(container.group(_UID))
+        (link / "passwd").write_text(container.passwd(_SPEC))
+        (link / "group").write_text(container.group(_SPEC))
         (self._folder / "seccomp.json").write_text(container.seccomp_profile())
         os.mkfifo(link / "ready", 0o600)
         # Also for writing, so that opening does not wait for the container.
@@ -92,7 +92,7 @@ class RawContainer:
 def _command(folder: Path) -> list[str]:
     """The container's configuration as options of `docker run`: made from our own, so that both are alike."""
     config = container.container_config(
-        SandboxSpec("bench", "bench", IMAGE, 1.0, 512, 1024, 65536, 256, _UID, "runc"),
+        _SPEC,
         owner="bench",
         link_dir=str(folder / "link"),
         agent_dir=str(folder / "agent"),
