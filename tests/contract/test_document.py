@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 OPEN_PATHS = {"/healthz", "/readyz", "/metrics"}
 # What makes something each time it is sent, and can therefore be repeated with a key only.
 MAKES_SOMETHING = {"create_sandbox", "exec_in_sandbox", "create_key"}
-STREAMS = {"exec_in_sandbox", "list_events", "list_sandbox_events"}
+STREAMS = {"exec_in_sandbox", "follow_exec", "list_events", "list_sandbox_events", "watch_files"}
 
 
 @pytest.fixture(scope="module")
