@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import array
+import fcntl
 import os
 import signal
 import socket
+import termios
 from typing import Any, Callable, Dict, List, Optional, Protocol, Tuple
 
 from e80_agent import channel, runner
@@ -65,8 +68,9 @@ class Process:
 
     def send(self, number: int, code: bytes, fds: List[int]) -> None:
         """Hands over a call; the descriptors are closed here. The one before it must have ended."""
-        if self._output or self._fds:
-            # It told the end of a call that it had not even read.
+        if self._output or self._fds or self._unread():
+            # It told the end of a call that it had not even read. Descriptors on their way count for root on
+            # the whole host, and at our limit of open files no agent could send any more.
             for fd in fds:
                 os.close(fd)
             self.kill()
@@ -97,9 +101,12 @@ class Process:
 
     def kill(self) -> None:
         """Ends it and all it started. The owner hears of it when nothing is left."""
-        self.killed = True
         if self.pid is None:
-            return  # it ends as soon as there is a child
+            if not self.killed:
+                self._loop.call_later(0, self._never_began)
+            self.killed = True
+            return
+        self.killed = True
         self.signal(signal.SIGKILL)
         self._sweep()
 
@@ -112,11 +119,12 @@ class Process:
         while len(self._tails) > MAX_TAILS:
             self._close_tail(next(iter(self._tails)))
 
+    def _never_began(self) -> None:
+        self._owner.over(signal.SIGKILL, 0.0, 0)
+
     def _forked(self, header: Dict[str, Any], parent: Interpreter, pid: int, sock: socket.socket) -> None:
         if self.killed:
             sock.close()  # without its socket the child ends
-            self._close()
-            self._owner.over(signal.SIGKILL, 0.0, 0)
             return
         self.pid = pid
 
@@ -210,6 +218,14 @@ class Process:
             timer.cancel()
         self._loop.forget(fd)
         os.close(fd)
+
+    def _unread(self) -> bool:
+        """Whether something that was sent waits to be read. Who ends a call has read all there is."""
+        if self._sock is None:
+            return False
+        waiting = array.array("i", [0])
+        fcntl.ioctl(self._sock, termios.TIOCOUTQ, waiting)
+        return waiting[0] > 0
 
     def _drop_fds(self) -> None:
         for fd in self._fds:

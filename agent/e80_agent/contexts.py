@@ -208,7 +208,8 @@ class Context:
                 os.close(fd)
 
     def _add_result(self, run: Exec, payload: bytes) -> None:
-        before, self._results = self._results, self._results + len(payload)
+        # With its head: there may be any number of empty ones.
+        before, self._results = self._results, self._results + protocol.RECORD.size + len(payload)
         if self._results <= MAX_RESULTS:
             self._execs.add_result(run, payload)
         elif before <= MAX_RESULTS:

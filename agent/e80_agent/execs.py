@@ -59,6 +59,7 @@ class Exec:
     def __init__(self, header: Dict[str, Any], tag: int, stdin: bytes = b"") -> None:
         self.id: str = header["id"]
         self.kind = "command" if header["op"] == "command" else "code"
+        self.context: Optional[str] = header.get("context")
         self.session: Optional[Session] = None
         self.waiting = False  # for its turn in its session
         self.fingerprint: Optional[str] = header.get("fingerprint")

@@ -60,6 +60,7 @@ class Known:
     ring: bool = False
     # For its turn in its context: its time has not begun.
     waiting: bool = False
+    context: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,4 +379,5 @@ def _known(fact: dict[str, Any]) -> Known:
         left_s=None if fact.get("left_s") is None else number(fact, "left_s"),
         ring=fact.get("ring") is True,
         waiting=fact.get("waiting") is True,
+        context=None if fact.get("context") is None else text(fact["context"], 64),
     )

@@ -330,7 +330,9 @@ class Progress:
             item.kind,
             self._clock.now() - item.age_s if row is None else row.started_at,
             title="" if row is None else row.title,
-            context_id=None if row is None else row.context_id,
+            context_id=(item.context if is_id(item.context or "") else None)
+            if row is None
+            else row.context_id,
             background=item.ring if row is None else row.background,
             keyed=item.keyed,
             endless=item.left_s is None and not item.finished,

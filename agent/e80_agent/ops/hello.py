@@ -13,7 +13,7 @@ from e80_agent.link import Connection
 
 def hello(agent: Agent, connection: Connection, _header: Dict[str, Any], _body: bytes) -> None:
     """Answers {protocol, python, uptime_s, faults, ready, warm, held, execs}; of each exec {id, kind, keyed,
-    finished, size, ring, age_s, left_s, waiting}."""
+    finished, size, ring, age_s, left_s, waiting, context}."""
     now = time.monotonic()
     connection.reply(
         {
@@ -36,6 +36,7 @@ def hello(agent: Agent, connection: Connection, _header: Dict[str, Any], _body: 
                     "age_s": round(now - run.created, 3),
                     "left_s": agent.execs.left_s(run),
                     "waiting": run.waiting,
+                    "context": run.context,
                 }
                 for run in agent.execs.all()
             ],
