@@ -37,6 +37,13 @@ class AgentUnreachableError(UnavailableError):
     code = "agent_unreachable"
 
 
+class FreezeFailedError(UnavailableError):
+    """The kernel could not freeze the sandbox's processes, which goes on as it was: something in it forks
+    without end."""
+
+    code = "freeze_failed"
+
+
 class LimitBelowUseError(ConflictError):
     """A memory limit below what the sandbox uses now."""
 

@@ -38,6 +38,7 @@ from sandboxd.runtimes.docker.workspace import Workspaces
 from sandboxd.runtimes.errors import (
     AgentUnreachableError,
     EngineUnavailableError,
+    FreezeFailedError,
     LimitBelowUseError,
     RuntimeFaultError,
     SpecRefusedError,
@@ -341,7 +342,12 @@ class DockerRuntime:
         try:
             await self._engine.call(lambda client: client.pause(sandbox_id))
         except (AlreadyExists, NotFound, RuntimeFaultError) as error:
-            await self._expect(sandbox_id, Phase.PAUSED, error)
+            phase = (await self.observe(Handle(sandbox_id))).phase
+            if phase is Phase.RUNNING:
+                raise FreezeFailedError(
+                    f"sandbox {sandbox_id} runs on, it could not be frozen: {error}; send it again"
+                ) from error
+            _expect(sandbox_id, phase, Phase.PAUSED, error)
         held.link.pause()
 
     async def resume(self, sandbox_id: str) -> None:
@@ -352,16 +358,11 @@ class DockerRuntime:
             await self._engine.call(lambda client: client.unpause(sandbox_id))
         except (AlreadyExists, NotFound, RuntimeFaultError) as error:
             try:
-                await self._expect(sandbox_id, Phase.RUNNING, error)
+                phase = (await self.observe(Handle(sandbox_id))).phase
+                _expect(sandbox_id, phase, Phase.RUNNING, error)
             except RuntimeFaultError:
                 held.link.pause()
                 raise
-
-    async def _expect(self, sandbox_id: str, phase: Phase, error: Exception) -> None:
-        """Whether a call that was refused was for nothing, because it is so already."""
-        found = (await self.observe(Handle(sandbox_id))).phase
-        if found is not phase:
-            raise RuntimeFaultError(f"sandbox {sandbox_id} is {found}, not {phase}: {error}") from error
 
     def _offered(self, sandbox_id: str, capability: str) -> _Held:
         held = self._held.get(sandbox_id)
@@ -402,6 +403,12 @@ def _below_use(sandbox_id: str, limit: int) -> LimitBelowUseError:
         f"sandbox {sandbox_id} uses more memory than {limit // _MIB} MB now; free some of it first",
         param="memory_size_mb",
     )
+
+
+def _expect(sandbox_id: str, found: Phase, wanted: Phase, error: Exception) -> None:
+    """Whether a call that was refused was for nothing, because it is so already."""
+    if found is not wanted:
+        raise RuntimeFaultError(f"sandbox {sandbox_id} is {found}, not {wanted}: {error}") from error
 
 
 def _installation(state_dir: Path) -> str:
