@@ -35,7 +35,7 @@ def main() -> None:
     with Eighty80(base_url=sys.argv[1]) as client:
         sandbox = timed("create a sandbox", lambda: client.sandboxes.create(timeout_s=300))
         try:
-            timed("write visitors.csv into it", lambda: sandbox.write_file("visitors.csv", CSV))
+            timed("write visitors.csv into it", lambda: sandbox.files.write("visitors.csv", CSV))
             timed("print(6 * 7) in it", lambda: sandbox.run_python("print(6 * 7)", timeout_s=30))
             result = timed("run a pandas program in it", lambda: sandbox.run_python(PROGRAM, timeout_s=60))
         finally:

@@ -168,6 +168,31 @@ def test_an_interrupt_stops_the_sandbox(login: FakeServer) -> None:
     assert login.alive() == []
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        "sandbox.run('echo on; sleep 30')",
+        "sandbox.run('echo on; sleep 30', on_stdout=print)",
+        "list(sandbox.run('echo on; sleep 30', stream=True))",
+    ],
+)
+def test_an_interrupt_ends_the_program_at_once(login: FakeServer, call: str) -> None:
+    """The sandbox stays, and so would the program, until the server gives up waiting for who was there."""
+    login.retry_grace_s = 60
+    code = f"from e80_sdk import Eighty80\nsandbox = Eighty80().sandboxes.create()\n{call}\n"
+    program = subprocess.Popen(
+        [sys.executable, "-c", code], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    )
+    _until(lambda: login.programs)
+    time.sleep(0.1)  # the answer is on its way to who is interrupted
+    program.send_signal(signal.SIGINT)
+    _, errors = program.communicate(timeout=20)
+    assert b"KeyboardInterrupt" in errors
+    _until(lambda: not login.programs)
+    assert [run.signals for run in login.execs.values()] == [["SIGKILL"]]
+    assert len(login.alive()) == 1
+
+
 def test_a_program_may_end_with_the_client_open(login: FakeServer) -> None:
     code = "from e80_sdk import Eighty80\nclient = Eighty80()\nprint(client.sandboxes.list())\n"
     done = subprocess.run(
