@@ -9,11 +9,13 @@ from collections.abc import AsyncIterator
 import httpx2
 import structlog
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sandboxd.kit.errors import BadRequestError, SandboxdError, TooLargeError, UnavailableError
 from sandboxd.kit.http import error_response
 from sandboxd.kit.ids import ID_PATTERN
+from sandboxd.kit.tasks import TaskOwner
 from sandboxd.sandboxes.errors import BusyError
 from sandboxd.sandboxes.live import LiveSandboxes
 from sandboxd.sandboxes.nodes import Nodes
@@ -120,7 +122,10 @@ class ForwardMiddleware:
             headers.append((_CLIENT, scope["client"][0].encode()))
         has_body = any(name in (b"content-length", b"transfer-encoding") for name, _ in scope["headers"])
         url = f"{address.rstrip('/')}{scope['path']}" + (f"?{query}" if query else "")
-        content = _body(receive) if has_body else None
+        sent = asyncio.Event()
+        content = _body(receive, sent) if has_body else None
+        if not has_body:
+            sent.set()
         try:
             request = self._client.build_request(scope["method"], url, headers=headers, content=content)
         except httpx2.InvalidURL as error:
@@ -128,7 +133,7 @@ class ForwardMiddleware:
             return
         started = False
         try:
-            response = await self._client.send(request, stream=True)
+            response = await self._answer(request, receive, sent)
             try:
                 started = True
                 kept = [(k.lower(), v) for k, v in response.headers.raw if k.lower() not in _HOP_BY_HOP]
@@ -148,6 +153,32 @@ class ForwardMiddleware:
             if started:
                 raise  # the answer has begun: a broken connection is the honest end
             await error_response(_unanswered(error))(scope, receive, send)
+
+    async def _answer(
+        self, request: httpx2.Request, receive: Receive, sent: asyncio.Event
+    ) -> httpx2.Response:
+        """The head of the other node's answer. Raises ClientDisconnect when the client does not wait for it:
+        the other node sees its connection closed, and may end what it was doing."""
+        client = self._client
+        assert client is not None
+
+        async def send() -> httpx2.Response | httpx2.HTTPError | HTTPException:
+            try:
+                return await client.send(request, stream=True)
+            except (httpx2.HTTPError, HTTPException) as error:
+                return error  # for the one who asked, not for the log
+
+        async with TaskOwner() as tasks:
+            sending: asyncio.Task[httpx2.Response | httpx2.HTTPError | HTTPException]
+            sending = tasks.start("forward", send())
+            leaving = tasks.start("watch the client", _left(receive, sent))
+            await asyncio.wait([sending, leaving], return_when=asyncio.FIRST_COMPLETED)
+            if not sending.done():
+                raise ClientDisconnect
+            answer = sending.result()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
     async def _copy(self, response: httpx2.Response, receive: Receive, send: Send) -> None:
         async def copy() -> None:
@@ -183,7 +214,14 @@ def _unanswered(error: httpx2.HTTPError) -> UnavailableError:
     return unknown
 
 
-async def _body(receive: Receive) -> AsyncIterator[bytes]:
+async def _left(receive: Receive, sent: asyncio.Event) -> None:
+    # Until then what comes is the body.
+    await sent.wait()
+    while (await receive())["type"] != "http.disconnect":
+        continue
+
+
+async def _body(receive: Receive, sent: asyncio.Event) -> AsyncIterator[bytes]:
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
@@ -191,4 +229,5 @@ async def _body(receive: Receive) -> AsyncIterator[bytes]:
         if message.get("body"):
             yield message["body"]
         if not message.get("more_body"):
+            sent.set()
             return

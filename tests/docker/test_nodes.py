@@ -134,6 +134,42 @@ def test_a_client_that_leaves_is_passed_on(pair):
         one.post(f"/v1/sandboxes/{sandbox_id}/stop")
 
 
+def test_a_client_that_does_not_wait_for_a_plain_exec_is_passed_on(pair):
+    first, second = pair
+    with first.client() as one, second.client() as two:
+        two.headers["Authorization"] = one.headers["Authorization"]
+        sandbox_id = one.post("/v1/sandboxes", json={}).json()["id"]
+        path = f"/v1/sandboxes/{sandbox_id}"
+        with pytest.raises(httpx2.ReadTimeout):
+            two.post(f"{path}/exec", json={"command": ["sleep", "60"]}, timeout=1)
+        deadline = time.monotonic() + 10
+        while one.get(f"{path}/execs").json()["data"][0]["status"] != "killed":
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        one.post(f"{path}/stop")
+
+
+def test_execs_are_followed_and_written_to_through_the_other_daemon(pair):
+    first, second = pair
+    with first.client() as one, second.client() as two:
+        two.headers["Authorization"] = one.headers["Authorization"]
+        path = f"/v1/sandboxes/{one.post('/v1/sandboxes', json={}).json()['id']}"
+        begun = two.post(f"{path}/exec", json={"command": "cat", "background": True, "stdin_open": True})
+        exec_path = f"{path}/execs/{begun.json()['id']}"
+        assert two.get(f"{path}/execs?status=running").json()["data"][0]["title"] == "cat"
+        assert two.post(f"{exec_path}/stdin", json={"data": "over there\n"}).json()["size"] == 11
+        with two.stream("GET", f"{exec_path}/events") as stream:
+            lines = (line for line in stream.iter_lines() if line.startswith("data: "))
+            told = [json.loads(next(lines)[6:]) for _ in range(2)]
+            assert told[1]["delta"] == "over there\n"
+            assert two.post(f"{exec_path}/signal", json={"signal": "KILL"}).json()["delivered"] is True
+            last = json.loads(list(lines)[-1][6:])
+        assert (last["type"], last["exec"]["status"]) == ("exec.completed", "killed")
+        after = two.get(f"{exec_path}/events", params={"after": told[1]["sequence_number"]})
+        assert after.text.count("data: ") == 1
+        one.post(f"{path}/stop")
+
+
 def test_creates_at_both_are_all_different_and_share_one_quota(pair):
     first = pair[0]
     made: list[httpx2.Response] = []
