@@ -11,7 +11,7 @@ from scripts.lib.openapi import document
 ROOT = Path(__file__).parents[2]
 OPEN_PATHS = {"/healthz", "/readyz", "/metrics"}
 # What makes something each time it is sent, and can therefore be repeated with a key only.
-MAKES_SOMETHING = {"create_sandbox", "exec_in_sandbox", "create_key"}
+MAKES_SOMETHING = {"create_sandbox", "create_context", "exec_in_sandbox", "create_key"}
 STREAMS = {"exec_in_sandbox", "follow_exec", "list_events", "list_sandbox_events", "watch_files"}
 
 

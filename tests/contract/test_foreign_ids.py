@@ -17,6 +17,7 @@ BODIES = {
     "create_sandbox": {"labels": {"by": "intruder"}},
     "update_sandbox": {"labels": {"by": "intruder"}},
     "exec_in_sandbox": {"code": "print(1)"},
+    "create_context": {"language": "bash"},
     "create_key": {"name": "intruder"},
 }
 QUERIES = {"read_file": {"path": "secret.txt"}, "write_file": {"path": "secret.txt"}}
@@ -51,10 +52,12 @@ def belongings(owner):
         sandbox_id = made["id"]
         owner.http.put(f"/v1/sandboxes/{sandbox_id}/files", params={"path": "secret.txt"}, content=SECRET)
         exec_id = owner.run(sandbox_id, f"print({SECRET!r})")["id"]
+        context_id = owner.make(f"/v1/sandboxes/{sandbox_id}/contexts", {"cwd": "/tmp"})["id"]
         key_id = owner.make("/v1/apikeys", {"name": SECRET})["id"]
         if ended:
             owner.http.post(f"/v1/sandboxes/{sandbox_id}/stop")
-        found.append({"sandbox_id": sandbox_id, "exec_id": exec_id, "key_id": key_id})
+        ids = {"sandbox_id": sandbox_id, "exec_id": exec_id, "context_id": context_id, "key_id": key_id}
+        found.append(ids)
     return found
 
 
@@ -65,7 +68,8 @@ def state_of(owner, belongings):
         sandbox = owner.http.get(f"/v1/sandboxes/{ids['sandbox_id']}").json()
         sandbox.pop("last_active_at")
         execs = owner.http.get(f"/v1/sandboxes/{ids['sandbox_id']}/execs").json()["data"]
-        state.append((sandbox, [item["id"] for item in execs]))
+        contexts = owner.http.get(f"/v1/sandboxes/{ids['sandbox_id']}/contexts").json()
+        state.append((sandbox, [item["id"] for item in execs], contexts))
     keys = owner.http.get("/v1/apikeys", params={"limit": 100}).json()["data"]
     return state, [(key["id"], key["revoked_at"]) for key in keys]
 

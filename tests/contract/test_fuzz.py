@@ -27,6 +27,7 @@ CHECKED = (
 )
 # The schema cannot say all: limits are settings of the server, and some fields exclude others.
 RULES_BEYOND_THE_SCHEMA = {
+    "create_context": "names of variables; languages and folders that are there",
     "create_key": "a name has no space around it",
     "create_sandbox": "limits; images that exist",
     "list_sandboxes": "label is name=value",
@@ -82,6 +83,7 @@ def real_ids(tenant):
     return {
         "sandbox_id": sandbox_id,
         "exec_id": tenant.run(sandbox_id, "print(1)")["id"],
+        "context_id": tenant.make(f"/v1/sandboxes/{sandbox_id}/contexts", {"language": "bash"})["id"],
         "key_id": tenant.make("/v1/apikeys")["id"],
     }
 
