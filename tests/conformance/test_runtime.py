@@ -208,10 +208,9 @@ async def test_files_and_commands(runtime):
         for _ in range(16):
             yield bytes(65536)
 
-    assert await agent.files.write("/home/user/a/big", chunks()) == (1 << 20, True)
-    size, content = await agent.files.read("/home/user/a/big")
-    assert size == 1 << 20
-    assert b"".join([chunk async for chunk in content]) == bytes(1 << 20)
+    assert await agent.files.write(b"/home/user/a/big", chunks()) == (1 << 20, True)
+    content = await agent.files.read(b"/home/user/a/big")
+    assert b"".join([chunk async for chunk in content.chunks]) == bytes(1 << 20)
     command = dataclasses.replace(
         request("", "exec_1"), code=None, argv=("bash", "-c", "cat; id -u; echo $((6*7))"), stdin=b"hi\n"
     )
