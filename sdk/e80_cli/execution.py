@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from e80_sdk.errors import ConflictError, E80Error, NotFoundError
 from e80_sdk.pending import undisturbed
-from e80_sdk.results import ExecChunk, ExecReader, ExecResult
+from e80_sdk.results import ExecResult
 
-from e80_cli.exits import INTERRUPTED, exit_code_of_program
+from e80_cli.amounts import size
+from e80_cli.exits import INTERRUPTED, PLATFORM_FAILED, exit_code_of_program
 from e80_cli.output import Output
-from e80_cli.showing import Results
+from e80_cli.showing import Results, Screen
 from e80_cli.stdin import Left, feed
 from e80_cli.terminal import Escape, Terminal
 
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _TERM = re.compile(r"[A-Za-z0-9._+-]{1,64}")
+MIB = 2**20
+SPOOL_BYTES = 64 * MIB
+"""What a server keeps of long output unless its operator says otherwise: so many whole MiB. Nobody says where
+it was cut."""
 QUIET_S = 0.5
 HANG_UP_S = 2.0
 """How long a leaving terminal waits until its program is told."""
@@ -41,23 +46,41 @@ async def run(
 ) -> int:
     """Run it, pass its output on and, if wanted, stdin to it; return its exit code. With `--json` the events
     are the output. Whoever leaves (Ctrl-C) ends it."""
-    execs = client.api.execs
+    execs, screen = client.api.execs, Screen(output, results)
     events = execs.events(sandbox_id, {**body, "stdin_open": True} if stdin else body)
-    if not stdin:
-        return await show(events, output, results=results)
 
-    async def fed(beside: asyncio.TaskGroup) -> int:
+    async def fed(beside: asyncio.TaskGroup) -> None:
         feeding: list[asyncio.Task[None]] = []
 
         def begun(exec_id: str) -> None:
             feeding.append(beside.create_task(feed(execs, sandbox_id, exec_id)))
 
-        code = await show(events, output, results=results, begun=begun)
+        await _show(events, screen, begun=begun if stdin else None)
         for task in feeding:
             task.cancel()
-        return code
 
-    return await _with_tasks(fed)
+    await _with_tasks(fed)
+    _explain(screen.result, output)
+    if screen.result.truncated and not output.as_json:
+        return await _show_rest(client, sandbox_id, screen)
+    return exit_code_of_program(screen.result)
+
+
+async def follow(
+    client: AsyncEighty80,
+    sandbox_id: str,
+    exec_id: str,
+    output: Output,
+    *,
+    after: int | None = None,
+    results: Results | None = None,
+) -> int:
+    """Print what an exec has written and writes, to its end, and return its exit code. Whoever leaves leaves
+    it alone."""
+    screen = Screen(output, results)
+    await _show(client.api.execs.follow(sandbox_id, exec_id, after=after), screen)
+    _explain(screen.result, output)
+    return exit_code_of_program(screen.result)
 
 
 async def run_on_terminal(
@@ -80,7 +103,7 @@ async def run_on_terminal(
             beside.create_task(feed(execs, sandbox_id, started.id, escape=Escape())),
             beside.create_task(terminal.watch_size(resize)),
         ]
-        code = await show(execs.follow(sandbox_id, started.id), output)
+        code = await follow(client, sandbox_id, started.id, output)
         for task in tasks:
             task.cancel()
         return code
@@ -97,25 +120,6 @@ async def run_on_terminal(
         raise
 
 
-async def show(
-    events: AsyncGenerator[dict[str, Any]],
-    output: Output,
-    *,
-    results: Results | None = None,
-    begun: Callable[[str], None] | None = None,
-) -> int:
-    """Print what the events tell, and return the exit code of the program."""
-    reader, shown = ExecReader(), results or Results(output)
-    async with aclosing(events):
-        async for event in events:
-            if begun is not None and event["type"] == "exec.started":
-                begun(event["exec"]["id"])
-            _show_event(event, reader.chunk(event), output, shown)
-    assert reader.result is not None  # the SDK raises when events end without it
-    _explain(reader.result, output)
-    return exit_code_of_program(reader.result)
-
-
 async def show_so_far(
     client: AsyncEighty80,
     sandbox_id: str,
@@ -129,15 +133,14 @@ async def show_so_far(
     much has come as there was when it began, or where nothing comes for a while."""
     execs = client.api.execs
     known = await execs.get(sandbox_id, exec_id)
-    events = execs.follow(sandbox_id, exec_id, after=after)
+    events, screen = execs.follow(sandbox_id, exec_id, after=after), Screen(output, results)
     if known.status != "running":
-        await show(events, output, results=results)
+        await _show(events, screen)
         return
-    reader, shown = ExecReader(), results or Results(output)
     countable = after is None and not known.results
-    left = len(f"{known.stdout}{known.stderr}".encode(errors="replace")) if countable else math.inf
+    there = len(f"{known.stdout}{known.stderr}".encode(errors="replace")) if countable else math.inf
     async with aclosing(events):
-        while left > 0:
+        while screen.passed.total() < there:
             try:
                 async with asyncio.timeout(QUIET_S):
                     event = await anext(events, None)
@@ -145,21 +148,43 @@ async def show_so_far(
                 return
             if event is None:
                 return
-            chunk = reader.chunk(event)
-            _show_event(event, chunk, output, shown)
-            left -= 0 if chunk is None else len(chunk.data)
+            screen.show(event)
 
 
-def _show_event(event: dict[str, Any], chunk: ExecChunk | None, output: Output, shown: Results) -> None:
-    if output.as_json:
-        output.data(event)
-        output.flush()
-    elif event["type"] == "exec.gap":
-        output.warn(f"8080: {event.get('missed_bytes')} bytes of output are not kept any more")
-    elif chunk is not None and chunk.result is not None:
-        shown.show(chunk.result)
-    elif chunk is not None:
-        output.raw(chunk.stream, chunk.data)
+async def _show(
+    events: AsyncGenerator[dict[str, Any]], screen: Screen, *, begun: Callable[[str], None] | None = None
+) -> None:
+    async with aclosing(events):
+        async for event in events:
+            if begun is not None and event["type"] == "exec.started":
+                begun(event["exec"]["id"])
+            screen.show(event)
+
+
+async def _show_rest(client: AsyncEighty80, sandbox_id: str, screen: Screen) -> int:
+    """Print what came after the recorded output was cut, where it goes into a pipe or a file and the sandbox
+    has it; a part of an archive that looks like all of it is worse than an error."""
+    result, output = screen.result, screen.output
+    code = exit_code_of_program(result)
+    if output.on_terminal or result.output_path is None:
+        where = f"; all of it is in {result.output_path} in the sandbox" if result.output_path else ""
+        output.warn(f"8080: the output was cut after {size(screen.passed.total())}{where}")
+        return code if output.on_terminal else code or PLATFORM_FAILED
+    kept = 0
+    for stream in ("stdout", "stderr"):
+        at, passed = 0, screen.passed[stream]
+        path = f"{result.output_path}/{stream}"
+        async with aclosing(client.api.files.chunks(sandbox_id, path)) as chunks:
+            async for chunk in chunks:
+                output.raw(stream, chunk[max(0, passed - at) :])
+                at += len(chunk)
+        kept += at
+    if (kept >= SPOOL_BYTES and kept % MIB == 0) or kept <= screen.passed.total():
+        output.warn(f"8080: the output was cut after {size(kept)}")
+        return code or PLATFORM_FAILED
+    if kept % MIB == 0:
+        output.warn(f"8080: if this server keeps no more than {size(kept)}, the output was cut there")
+    return code
 
 
 async def _with_tasks(work: Callable[[asyncio.TaskGroup], Awaitable[T]]) -> T:
@@ -189,6 +214,3 @@ def _explain(result: ExecResult, output: Output) -> None:
         output.warn("8080: out of memory; allow more with --memory-size-mb when the sandbox is created")
     elif result.status == "lost":
         output.warn("8080: the program was lost together with its sandbox")
-    if result.truncated:
-        where = f"; all of it is in {result.output_path} in the sandbox" if result.output_path else ""
-        output.warn(f"8080: the recorded output was cut{where}")

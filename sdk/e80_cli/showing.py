@@ -1,15 +1,19 @@
-"""Rich results of code in a context: their text is printed, pictures and the like are kept where wanted."""
+"""What an exec tells, as it is printed: output byte for byte, rich results as text, with pictures and the
+like kept where wanted."""
 
 from __future__ import annotations
 
 import base64
 import binascii
 import itertools
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 from e80_sdk.errors import E80Error
+from e80_sdk.results import ExecReader, ExecResult
 
 from e80_cli.amounts import size
 
@@ -28,6 +32,41 @@ _FILES = {
     "text/html": "html",
 }
 _TEXT = ("image/svg+xml", "text/html")
+
+
+class Screen:
+    """Prints the events of one exec.
+
+    Attributes:
+        passed: How many bytes of `stdout` and `stderr` were printed.
+    """
+
+    def __init__(self, output: Output, results: Results | None = None) -> None:
+        self.output = output
+        self.passed: Counter[str] = Counter()
+        self._results = results or Results(output)
+        self._reader = ExecReader()
+
+    @property
+    def result(self) -> ExecResult:
+        """The result, when all events were shown."""
+        assert self._reader.result is not None  # the SDK raises when events end without it
+        return self._reader.result
+
+    def show(self, event: Mapping[str, Any]) -> None:
+        """Print what an event tells; with `--json` the event itself."""
+        chunk = self._reader.chunk(event)
+        if chunk is not None and chunk.result is None:
+            self.passed[chunk.stream] += len(chunk.data)
+        if self.output.as_json:
+            self.output.data(event)
+            self.output.flush()
+        elif event["type"] == "exec.gap":
+            self.output.warn(f"8080: {event.get('missed_bytes')} bytes of output are not kept any more")
+        elif chunk is not None and chunk.result is not None:
+            self._results.show(chunk.result)
+        elif chunk is not None:
+            self.output.raw(chunk.stream, chunk.data)
 
 
 class Results:

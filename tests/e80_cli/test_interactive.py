@@ -264,6 +264,17 @@ def test_output_that_is_not_kept_is_said_to_be_missing(cli: Cli, box: str) -> No
     assert b"bytes of output are not kept any more" in done.stderr
 
 
+def test_long_output_is_whole_in_a_pipe_or_an_error(cli: Cli, box: str) -> None:
+    """The server's record of an exec ends at 4 MB, files in the sandbox go on to 64 MiB."""
+    done = cli("sandbox", "exec", box, "--", "sh", "-c", "seq 1500000; seq 900000 >&2; exit 3")
+    assert done.returncode == 3
+    for shown, last in ((done.stdout, 1_500_000), (done.stderr, 900_000)):
+        assert shown == "".join(f"{number}\n" for number in range(1, last + 1)).encode()
+    done = cli("sandbox", "exec", box, "--", "head", "-c", "70000000", "/dev/zero")
+    assert (done.returncode, len(done.stdout)) == (125, 64 * 2**20)
+    assert b"the output was cut after 67.1 MB" in done.stderr
+
+
 def test_users(cli: Cli, box: str) -> None:
     assert cli("sandbox", "exec", "--user", "nobody", box, "--", "touch", "/tmp/f").returncode == 0
     assert cli("sandbox", "exec", "--user", "nobody", box, "--", "touch", "/home/user/f").returncode == 1

@@ -87,8 +87,7 @@ def logs(
         wanted = exec_id or await _newest(client, sandbox_id)
         results = Results(output, save)
         if follow:
-            events = client.api.execs.follow(sandbox_id, wanted, after=after)
-            return await execution.show(events, output, results=results)
+            return await execution.follow(client, sandbox_id, wanted, output, after=after, results=results)
         await execution.show_so_far(client, sandbox_id, wanted, output, after=after, results=results)
         return OK
 
