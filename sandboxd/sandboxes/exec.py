@@ -126,7 +126,7 @@ class ExecService:
         return run.result()
 
     async def follow_running(
-        self, project_id: str, sandbox_id: str, exec_id: str, after: int, allowed: Allowed
+        self, project_id: str, sandbox_id: str, exec_id: str, after: int, key_id: str, allowed: Allowed
     ) -> Chunks | None:
         """Like `follow`, for an exec in progress here: asks the store nothing. None for any other."""
         live = self._live.find(project_id, sandbox_id)
@@ -134,10 +134,18 @@ class ExecService:
         if live is None or entry is None:
             return None
         feed = await self._feeds.open(live, entry.new_run())
-        return None if feed is None else self._feeds.follow(feed, after, allowed)
+        return None if feed is None else self._feeds.follow(feed, after, key_id, allowed)
 
     async def follow(
-        self, project_id: str, sandbox_id: str, exec_id: str, after: int, allowed: Allowed, *, alive: bool
+        self,
+        project_id: str,
+        sandbox_id: str,
+        exec_id: str,
+        after: int,
+        key_id: str,
+        allowed: Allowed,
+        *,
+        alive: bool,
     ) -> Chunks:
         """The events of an exec after a number (-1: from its start) to its end, for as long as the sandbox
         has them; see `Feeds.follow`. `alive` is whether its sandbox is. Raises ExecNotFoundError,
@@ -149,7 +157,7 @@ class ExecService:
             ended = row is not None and row.status != ExecStatus.RUNNING
             unwritten = ExecStatus.LOST if alive else ExecStatus.KILLED
             raise ExecOutputGoneError(exec_id, row.status if row is not None and ended else unwritten)
-        return self._feeds.follow(feed, after, allowed)
+        return self._feeds.follow(feed, after, key_id, allowed)
 
     async def get(self, project_id: str, sandbox_id: str, exec_id: str, *, alive: bool) -> dict[str, Any]:
         """The result of an exec, with its output as long as the agent keeps it, or what there is so far.

@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 import structlog
 
@@ -211,21 +212,23 @@ class Feed:
                 yield Output(fact["type"] == "exec.stderr.delta", data)
 
 
-class _Permission:
-    """Whether a follower is still told: looked at now and then."""
+class Permission:
+    """Whether the followers with one key are still told: looked at now and then, and once for all of them."""
 
-    def __init__(self, allowed: Allowed, draining: Callable[[], bool]) -> None:
+    def __init__(self, allowed: Allowed) -> None:
         self._allowed = allowed
-        self._draining = draining
         self._loop = asyncio.get_running_loop()
         self._checked_at = self._loop.time()
+        self._turn = asyncio.Lock()
 
-    async def go_on(self) -> None:
-        if self._loop.time() - self._checked_at >= CHECK_S:
-            await self._allowed()
-            self._checked_at = self._loop.time()
-        if self._draining():
-            raise UnavailableError("The server is shutting down; follow again from the last event.")
+    async def check(self) -> None:
+        """Raises what `allowed` does."""
+        if self._loop.time() - self._checked_at < CHECK_S:
+            return
+        async with self._turn:
+            if self._loop.time() - self._checked_at >= CHECK_S:
+                await self._allowed()
+                self._checked_at = self._loop.time()
 
 
 class Feeds:
@@ -252,6 +255,7 @@ class Feeds:
         self._feed_bytes = feed_bytes
         self._feeds: dict[str, Feed] = {}
         self._followers: Counter[str] = Counter()
+        self._permissions: WeakValueDictionary[str, Permission] = WeakValueDictionary()
         self._gaps = metrics.exec_gaps
         metrics.exec_feeds.set_function(lambda: len(self._feeds))
         metrics.exec_followers.set_function(self._followers.total)
@@ -280,18 +284,20 @@ class Feeds:
             raise feed.fault
         return None if feed.unknown else feed
 
-    async def follow(self, feed: Feed, after: int, allowed: Allowed) -> Chunks:
+    async def follow(self, feed: Feed, after: int, key_id: str, allowed: Allowed) -> Chunks:
         """Batches of events after a number, each with the number of its last. Ends after `exec.completed`.
         Raises UnavailableError when the daemon stops, and what `allowed` raises, which is asked now and
-        then whether the follower still may."""
+        then whether the followers with this key still may."""
         project_id = str(feed.sandbox.project_id)
         self._join(feed)
         self._followers[project_id] += 1
         try:
             if feed.followers > MAX_EXEC_FOLLOWERS:
                 raise FollowersError(f"{MAX_EXEC_FOLLOWERS} clients follow exec {feed.run.id}, the limit")
-            may = _Permission(allowed, self._draining)
-            async for item in self._follow(feed, after, may):
+            permission = self._permissions.get(key_id)
+            if permission is None:
+                permission = self._permissions[key_id] = Permission(allowed)
+            async for item in self._follow(feed, after, permission):
                 yield item
         finally:
             self._followers[project_id] -= 1
@@ -299,11 +305,11 @@ class Feeds:
                 del self._followers[project_id]
             self._leave(feed)
 
-    async def _follow(self, feed: Feed, after: int, may: "_Permission") -> Chunks:
+    async def _follow(self, feed: Feed, after: int, permission: Permission) -> Chunks:
         while feed.last <= after and feed.can_grow:
             # It is being read anew, and has not come to where the follower was.
             await feed.wait(feed.end)
-            await may.go_on()
+            await self._go_on(permission)
         if feed.ended and after > feed.last:
             raise BadRequestError(
                 f"'after' {after} is beyond the last event of the exec, {feed.last}.", param="after"
@@ -334,7 +340,12 @@ class Feeds:
             else:
                 await feed.wait(at)
             if not feed.ended or at < feed.end:
-                await may.go_on()
+                await self._go_on(permission)
+
+    async def _go_on(self, permission: Permission) -> None:
+        await permission.check()
+        if self._draining():
+            raise UnavailableError("The server is shutting down; follow again from the last event.")
 
     async def tick(self) -> None:
         """A job: lets followers go when the daemon stops."""

@@ -113,14 +113,14 @@ def make_exec_router(sandboxes: SandboxService, execs: ExecService, identity: Id
         async def allowed() -> Any:
             await identity.check_active(principal.key_id)
 
-        project_id = principal.project_id
-        chunks = await execs.follow_running(project_id, sandbox_id, exec_id, number, allowed)
+        project_id, key_id = principal.project_id, principal.key_id
+        chunks = await execs.follow_running(project_id, sandbox_id, exec_id, number, key_id, allowed)
         if chunks is None:
             sandbox = await sandboxes.get(project_id, sandbox_id)
             if not is_id(exec_id):
                 raise ExecNotFoundError(exec_id)
             chunks = await execs.follow(
-                project_id, sandbox.id, exec_id, number, allowed, alive=sandbox.is_alive
+                project_id, sandbox.id, exec_id, number, key_id, allowed, alive=sandbox.is_alive
             )
         return resumable_response(chunks)
 

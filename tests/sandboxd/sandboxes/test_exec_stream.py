@@ -194,7 +194,7 @@ class Client:
             self.visits += 1
             feed = await feeds.open(sandbox, Run(exec_id, sandbox.id, "code", 1.0, keep_output=False))
             assert feed is not None
-            async with aclosing(feeds.follow(feed, self.after, allowed)) as chunks:
+            async with aclosing(feeds.follow(feed, self.after, "key_1", allowed)) as chunks:
                 await self._take(chunks)
             for _ in range(self.naps.pop(0) if self.naps else 0):
                 await asyncio.sleep(0)
