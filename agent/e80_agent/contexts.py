@@ -27,6 +27,7 @@ GRACE_S = 1.0
 START_S = 15.0
 # All results of one call together; a single one has protocol.MAX_RESULT.
 MAX_RESULTS = 8 * 1024 * 1024
+_RESULT_OVERHEAD = 400
 _TOO_MANY_RESULTS = b'{"text/plain": "<further results left out: those of one call may take 8 MiB>"}'
 
 # What went wrong: a code of protocol.ERROR_CODES and a message.
@@ -208,8 +209,8 @@ class Context:
                 os.close(fd)
 
     def _add_result(self, run: Exec, payload: bytes) -> None:
-        # With its head: there may be any number of empty ones.
-        before, self._results = self._results, self._results + protocol.RECORD.size + len(payload)
+        # Each costs something: there may be any number of empty ones.
+        before, self._results = self._results, self._results + _RESULT_OVERHEAD + len(payload)
         if self._results <= MAX_RESULTS:
             self._execs.add_result(run, payload)
         elif before <= MAX_RESULTS:

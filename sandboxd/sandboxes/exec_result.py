@@ -15,9 +15,39 @@ from sandboxd.sandboxes.states import ExecStatus
 _NOT_STARTED = {"command_not_found": 127, "command_not_executable": 126}
 _ENDED = {"timeout": ExecStatus.TIMED_OUT, "killed": ExecStatus.KILLED, "oom": ExecStatus.OOM}
 _MAX_ERROR_NAME = 100
+# An agent of ours tells of some 20,000 in one call at most.
+MAX_RESULTS = 65536
 # How a context tells that a display may be updated, is updated, or that the output is to be cleared.
 DISPLAY_TYPE = "application/vnd.e80.display+json"
 CLEAR_TYPE = "application/vnd.e80.clear+json"
+
+
+class Shown:
+    """Rich results as a notebook would show them: an update in place of what it updates, nothing of what was
+    cleared, and no more than MAX_RESULTS. What each costs does not grow with what is there already: tenant
+    code says how many there are, and everybody waits meanwhile."""
+
+    def __init__(self) -> None:
+        self.results: list[dict[str, Any]] = []
+        self._places: dict[str, int] = {}
+
+    def add(self, bundle: dict[str, Any]) -> None:
+        if CLEAR_TYPE in bundle:
+            self.results.clear()
+            self._places.clear()
+            return
+        display = bundle.get(DISPLAY_TYPE)
+        name = display.get("id") if isinstance(display, dict) else None
+        if isinstance(name, str) and isinstance(display, dict) and display.get("update") is True:
+            place = self._places.get(name)
+            if place is not None:
+                self.results[place] = bundle
+                return
+        if len(self.results) >= MAX_RESULTS:
+            return
+        if isinstance(name, str):
+            self._places.setdefault(name, len(self.results))
+        self.results.append(bundle)
 
 
 class Run:
@@ -49,7 +79,7 @@ class Run:
         self._started = time.perf_counter()
         self._stdout = bytearray()
         self._stderr = bytearray()
-        self._results: list[dict[str, Any]] = []
+        self._shown = Shown()
         self._missed = False
         self._failure: Failure | None = None
         self._outcome: Outcome | None = None
@@ -69,7 +99,7 @@ class Run:
             self._outcome = event
         elif isinstance(event, Result):
             if self._keep_output:
-                _show(self._results, event.bundle)
+                self._shown.add(event.bundle)
         elif isinstance(event, Gap):
             self._missed = True
             self.output_bytes += event.missed_bytes
@@ -81,7 +111,7 @@ class Run:
         if isinstance(event, Output):
             (self._stderr if event.is_stderr else self._stdout).extend(event.data)
         elif isinstance(event, Result):
-            _show(self._results, event.bundle)
+            self._shown.add(event.bundle)
         elif isinstance(event, Gap):
             self._missed = True
 
@@ -98,7 +128,7 @@ class Run:
             "stderr": self._stderr.decode("utf-8", "replace"),
             "truncated": self._missed or (outcome.truncated if outcome else False),
             "output_path": outcome.spool if outcome else None,
-            "results": self._results,
+            "results": self._shown.results,
             "error": None
             if failure is None
             else {"name": failure.name, "value": failure.value, "traceback": failure.traceback},
@@ -168,22 +198,6 @@ def result_of(row: Exec, status: str) -> dict[str, Any]:
         "duration_ms": row.duration_ms,
         "usage": {"cpu_ms": row.cpu_ms, "max_rss_mb": row.max_rss_mb},
     }
-
-
-def _show(results: list[dict[str, Any]], bundle: dict[str, Any]) -> None:
-    """Adds a result as a notebook would show it: an update in place of what it updates, nothing of what was
-    cleared."""
-    if CLEAR_TYPE in bundle:
-        results.clear()
-        return
-    display = bundle.get(DISPLAY_TYPE)
-    if isinstance(display, dict) and display.get("update") is True:
-        for index, shown in enumerate(results):
-            known = shown.get(DISPLAY_TYPE)
-            if isinstance(known, dict) and known.get("id") == display.get("id"):
-                results[index] = bundle
-                return
-    results.append(bundle)
 
 
 def _storable(exit_code: int | None) -> int | None:
