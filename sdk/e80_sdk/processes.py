@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing
 
-from e80_sdk.errors import StdinFullError
+from e80_sdk.errors import NotFoundError, StdinFullError
 from e80_sdk.execs import ExecApi
 from e80_sdk.pending import Calls, Pending
 from e80_sdk.portal import Portal
@@ -51,6 +51,11 @@ class ProcessCore:
                     pass  # what comes is for who iterates
         except TimeoutError as exc:
             raise TimeoutError(f"process {self.id} still runs after {timeout_s:g} s") from exc
+        except NotFoundError as exc:
+            # How it ended is known for longer than what it wrote.
+            if exc.code != "exec_output_gone":
+                raise
+            return await self.result()
         assert self._ended is not None  # follow() raises when the stream ends without it
         return self._ended
 

@@ -179,16 +179,6 @@ class Transport:
             )
         return body
 
-    @asynccontextmanager
-    async def open(self, request: Request) -> AsyncGenerator[httpx2.Response]:
-        """Send a request and give its answer unread, to be streamed. What fails before the answer begins is
-        retried as in `send`; what fails later is not, because the caller has a part of it already."""
-        try:
-            async with self.call(request).open() as response:
-                yield response
-        except Failure as failure:
-            raise failure.error from failure.__cause__
-
     def _headers(self, request: Request) -> dict[str, str]:
         # Uncompressed: Content-Length is then the size of a file, also behind a proxy that likes to compress.
         headers = {"User-Agent": f"e80-sdk/{_version()}", "Accept-Encoding": "identity", **request.headers}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 from e80_sdk import (
     AsyncProcess,
+    BadRequestError,
     ConflictError,
     Eighty80,
     NotFoundError,
@@ -159,6 +160,20 @@ def test_a_server_in_the_background(real_sandbox: Sandbox) -> None:
     assert real_sandbox.process(server.id).wait() == result
     with pytest.raises(NotFoundError):
         real_sandbox.process("exec_" + "0" * 34).wait()
+    left = real_sandbox.start("sleep 300")
+    real_sandbox.stop()
+    assert left.wait().status == "killed"
+    with pytest.raises(NotFoundError, match="no longer kept"):
+        list(left)
+
+
+@pytest.mark.docker
+def test_the_other_user(real_sandbox: Sandbox) -> None:
+    result = real_sandbox.run("pwd; touch /tmp/mine && touch /home/user/theirs", user="nobody")
+    assert (result.stdout, result.ok) == ("/tmp\n", False)
+    assert "Permission denied" in result.stderr
+    with pytest.raises(BadRequestError, match="least of all as root"):
+        real_sandbox.run("id", user="root")
 
 
 @pytest.mark.docker
