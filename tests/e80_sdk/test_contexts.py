@@ -2,7 +2,9 @@
 
 import asyncio
 import base64
+import signal
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import pytest
 from e80_sdk import (
@@ -21,6 +23,9 @@ from IPython.core.formatters import DisplayFormatter
 
 from tests.e80_sdk.fake_server import FakeServer
 from tests.e80_sdk.gaps import until
+
+if TYPE_CHECKING:
+    from tests.conftest import Daemon
 
 PNG = b"\x89PNG\r\n\x1a\n not quite"
 FIGURE = {"text/plain": "<Figure>", "image/png": base64.b64encode(PNG).decode()}
@@ -197,3 +202,26 @@ async def test_contexts_of_an_async_sandbox(real_client: Eighty80) -> None:
         assert await other.run("echo hi") == "hi\n"
         await other.delete()
         assert await sandbox.contexts() == []
+
+
+@pytest.mark.docker
+def test_a_call_goes_on_over_a_restart(own_daemon: "Daemon") -> None:
+    killed: list[str] = []
+
+    def kill_once(chunk: str) -> None:
+        if not killed and "5" in chunk:
+            killed.append(chunk)
+            own_daemon.stop(signal.SIGKILL)
+            own_daemon.start()
+
+    code = "import time\nfor n in range(40):\n    print(n, flush=True)\n    time.sleep(0.05)\nkept = n"
+    with (
+        Eighty80(own_daemon.api_key, own_daemon.base_url) as client,
+        client.sandbox() as sandbox,
+        sandbox.context() as context,
+    ):
+        result = context.run(f"{code}\nkept", on_stdout=kill_once)
+        assert killed
+        assert result.stdout == "".join(f"{n}\n" for n in range(40))
+        assert [one.text for one in result.results] == ["39"]
+        assert context.run("kept + 1") == "40"

@@ -13,6 +13,7 @@ from e80_sdk import (
     Eighty80,
     ExecChunk,
     ExecResultGoneError,
+    NotFoundError,
     SandboxPausedError,
     UnavailableError,
     UnexpectedResponseError,
@@ -28,6 +29,7 @@ from tests.e80_sdk.fake_server import FakeServer, Fault, Switch, fresh_fake
 from tests.e80_sdk.gaps import until
 
 WAYS = st.sampled_from(["drop", "end", "interrupted", "unavailable"])
+SSE = {"Content-Type": "text/event-stream"}
 PIECES = st.lists(
     st.tuples(
         st.sampled_from(["stdout", "stderr"]),
@@ -102,9 +104,7 @@ async def test_a_plain_run_is_taken_up_again_too(fake: FakeServer) -> None:
 
 async def test_another_exec_under_the_same_key_is_an_error(fake: FakeServer) -> None:
     fake.cuts = [(1, "drop")]
-    fake.faults.append(
-        Fault("GET", "/events", 200, {"Content-Type": "text/event-stream"}, raw=_started("exec_other"))
-    )
+    fake.faults.append(Fault("GET", "/events", 200, SSE, raw=_started("exec_other")))
     with pytest.raises(UnexpectedResponseError, match="may have run twice"):
         await events_of(make_api(fake))
 
@@ -112,7 +112,7 @@ async def test_another_exec_under_the_same_key_is_an_error(fake: FakeServer) -> 
 @pytest.mark.parametrize("event", [{"type": "exec.started"}, {"sequence_number": 1}, {"type": 1}])
 async def test_events_that_cannot_be_read(fake: FakeServer, event: dict[str, Any]) -> None:
     raw = f"data: {json.dumps(event)}\n\n".encode()
-    fake.faults.append(Fault("POST", "/exec", 200, {"Content-Type": "text/event-stream"}, raw=raw))
+    fake.faults.append(Fault("POST", "/exec", 200, SSE, raw=raw))
     with pytest.raises(UnexpectedResponseError):
         await events_of(make_api(fake))
 
@@ -153,6 +153,18 @@ async def test_both_faces_follow_over_breaks(login: FakeServer) -> None:
             return result.stdout
 
     assert await asyncio.to_thread(blocking) == "1\n2\n"
+
+
+async def test_an_error_in_a_stream_is_what_its_status_says(fake: FakeServer) -> None:
+    """The answer itself has the status 200: one that is busy is asked again, what is not there is an error."""
+    fake.faults.append(Fault("POST", "/exec", 200, SSE, raw=_error(429, "context_busy"), times=2))
+    events, _ = await events_of(make_api(fake), command="echo on")
+    assert events[-1]["exec"]["stdout"] == "on\n"
+    assert fake.count("POST", "/exec") == 3
+    fake.faults.append(Fault("POST", "/exec", 200, SSE, raw=_error(404, "context_not_found")))
+    with pytest.raises(NotFoundError) as caught:
+        await events_of(make_api(fake))
+    assert (caught.value.status, caught.value.code) == (404, "context_not_found")
 
 
 async def test_who_stops_listening_ends_the_program_at_once(fake: FakeServer) -> None:
@@ -217,3 +229,8 @@ async def test_leaving_takes_no_longer_than_it_may(
 def _started(exec_id: str) -> bytes:
     event = {"type": "exec.started", "sequence_number": 99, "exec": {"id": exec_id}}
     return f"data: {json.dumps(event)}\n\n".encode()
+
+
+def _error(status: int, code: str) -> bytes:
+    error = {"message": "an error", "type": "x", "param": None, "code": code, "status": status}
+    return f"data: {json.dumps({'type': 'error', 'sequence_number': 0, 'error': error})}\n\n".encode()
