@@ -96,8 +96,8 @@ def walk(
                 before(here, name)
                 try:
                     below = open_folder(name, here, os.O_NOFOLLOW)
-                except FileNotFoundError:
-                    continue
+                except (FileNotFoundError, NotADirectoryError):
+                    continue  # it went meanwhile, or is something else now
                 above.append((name, _identity(here), folders))
                 yield ENTER, here, name
                 os.close(here)

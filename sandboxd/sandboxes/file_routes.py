@@ -199,9 +199,7 @@ def _add_archives(router: APIRouter, files: FileService) -> None:
 
     @router.put(
         "/{sandbox_id}/files/archive",
-        openapi_extra={
-            "requestBody": {"content": {"application/x-tar": {}, "application/gzip": {}}, "required": True}
-        },
+        openapi_extra=_UPLOAD,
     )
     async def write_archive(
         sandbox_id: str, path: PathBytes, principal: CurrentPrincipal, request: Request
@@ -215,8 +213,8 @@ def _add_archives(router: APIRouter, files: FileService) -> None:
 def _add_watch(router: APIRouter, files: FileService, identity: IdentityService) -> None:
     @router.get(
         "/{sandbox_id}/files/watch",
+        response_class=StreamingResponse,
         responses={200: {"content": EVENT_STREAM}},
-        response_model=None,
         openapi_extra={"x-test-by-hand": "the answer has no end"},
     )
     async def watch_files(

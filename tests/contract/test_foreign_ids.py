@@ -19,8 +19,24 @@ BODIES = {
     "exec_in_sandbox": {"code": "print(1)"},
     "create_context": {"language": "bash"},
     "create_key": {"name": "intruder"},
+    "make_folder": {"path": "intruder"},
+    "move_file": {"from": "secret.txt", "to": "taken.txt"},
+    "chmod_file": {"path": "secret.txt", "mode": "777"},
+    "create_file_url": {"path": "secret.txt", "method": "download"},
 }
-QUERIES = {"read_file": {"path": "secret.txt"}, "write_file": {"path": "secret.txt"}}
+QUERIES = {
+    name: {"path": "secret.txt"}
+    for name in (
+        "read_file",
+        "write_file",
+        "delete_file",
+        "list_files",
+        "stat_file",
+        "read_archive",
+        "write_archive",
+        "watch_files",
+    )
+}
 DOCUMENT = raw_document()
 
 

@@ -221,6 +221,8 @@ def test_a_move_between_the_home_folder_and_tmp(files):
     files.put("path=d/there")
     assert code(files.post("move", **{"from": "/tmp/d", "to": "d", "overwrite": True})) == (409, "not_empty")
     assert code(files.post("move", **{"from": "/tmp/d/l", "to": "d"})) == (409, "file_exists")
+    # Nor can a copy take the place of what cannot be taken away.
+    assert code(files.post("move", **{"from": "/tmp", "to": "taken"})) == (403, "file_forbidden")
     assert files.run("ls -A . d /tmp; cat /tmp/d/e/f") == ".:\nd\n\n/tmp:\nd\n\nd:\nthere\nx\n"
 
 
@@ -303,3 +305,16 @@ def test_ranges(files):
     changed = part("small", "bytes=4-", **{"If-Range": tag})
     assert (changed.status_code, changed.content) == (200, b"9876543210")
     assert part("small", "bytes=400-", **{"If-Range": tag}).status_code == 200
+
+
+def test_what_cannot_be_taken_away_keeps_what_is_in_it(files):
+    files.put("path=/dev/shm/kept", b"x")
+    for path in ("/dev/shm", "/tmp", "/home/user"):
+        assert code(files.delete(f"path={path}&recursive=true")) == (403, "file_forbidden")
+    for path, to in (("/dev/shm", "/tmp/moved"), ("/tmp", "/home/user/moved")):
+        assert code(files.post("move", {"from": path, "to": to})) in (
+            (403, "file_forbidden"),
+            (409, "file_exists"),
+        )
+        assert files.get(f"path={to}").status_code == 404
+    assert files.get("path=/dev/shm/kept").content == b"x"

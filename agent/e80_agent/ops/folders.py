@@ -24,6 +24,8 @@ from e80_agent.tenant import HOME
 
 MAX_PAGE = 1000
 _BATCH = 256 * 1024
+# Nobody may take these away, but what is in them would be gone by the time the kernel says so.
+_MOUNTS = (HOME, "/tmp", "/dev/shm", "/")
 
 
 def stat_file(agent: Agent, connection: Connection, header: Dict[str, Any], _body: bytes) -> None:
@@ -180,6 +182,7 @@ def _rename(path: bytes, target: bytes) -> None:
 def _move_by_copy(path: bytes, target: bytes, overwrite: bool) -> None:
     """/home/user and /tmp are mounts of their own. The copy gets its name when it is complete, then the
     original goes."""
+    _refuse_mount(os.lstat(path))
     folder = os.open(os.path.dirname(target), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     hidden = os.path.join(os.path.dirname(target), tree.hidden_name(os.path.basename(target)))
     try:
@@ -210,13 +213,16 @@ def _delete(path: bytes, recursive: bool) -> None:
     if not stat.S_ISDIR(facts.st_mode):
         os.unlink(path)
         return
-    if any(os.path.samestat(facts, os.stat(top)) for top in (HOME, "/tmp", "/")):
-        # The kernel would say so as well, but only after all that is in it has gone.
-        raise Refused("permission_denied", "it is where the workspace is")
+    _refuse_mount(facts)
     if recursive:
         tree.remove(path, None)
     else:
         os.rmdir(path)
+
+
+def _refuse_mount(facts: os.stat_result) -> None:
+    if any(os.path.samestat(facts, os.stat(top)) for top in _MOUNTS):
+        raise Refused("permission_denied", "it is where the workspace is")
 
 
 def _chmod(path: bytes, mode: int, recursive: bool) -> Dict[str, Any]:
