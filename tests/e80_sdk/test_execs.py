@@ -156,7 +156,7 @@ async def test_both_faces_follow_over_breaks(login: FakeServer) -> None:
 
 
 async def test_an_error_in_a_stream_is_what_its_status_says(fake: FakeServer) -> None:
-    """The answer itself has the status 200: one that is busy is asked again, what is not there is an error."""
+    """The answer itself has the status 200: who is busy is asked again, what is not there is an error."""
     fake.faults.append(Fault("POST", "/exec", 200, SSE, raw=_error(429, "context_busy"), times=2))
     events, _ = await events_of(make_api(fake), command="echo on")
     assert events[-1]["exec"]["stdout"] == "on\n"

@@ -30,6 +30,7 @@ from tests.e80_sdk.test_archives import archive, link, tree
 if TYPE_CHECKING:
     from tests.conftest import Daemon
 
+SIZE = 32 * 1024 * 1024
 DATA = bytes(range(256)) * 4096
 ODD = os.fsdecode(b"caf\xe9 \xff.txt")
 
@@ -369,7 +370,7 @@ def _digest(path: Path) -> str:
 def test_transfers_over_restarts(own_daemon: "Daemon", tmp_path: Path) -> None:
     """The daemon is killed in the middle of an upload and of a download."""
     local = tmp_path / "big"
-    local.write_bytes(os.urandom(64 * 1024 * 1024))
+    local.write_bytes(os.urandom(SIZE))
     killed: list[int] = []
 
     def kill_at(size: int) -> None:
@@ -383,11 +384,11 @@ def test_transfers_over_restarts(own_daemon: "Daemon", tmp_path: Path) -> None:
             killed.clear()
 
             def watch(done: int, total: int | None) -> None:
-                if done > 20_000_000:
+                if done > SIZE // 3:
                     kill_at(done)
 
             if transfer == "up":
-                assert sandbox.files.write("big", local, progress=watch) == 64 * 1024 * 1024
+                assert sandbox.files.write("big", local, progress=watch) == SIZE
             else:
                 sandbox.files.download("big", tmp_path / "back", progress=watch)
             assert killed
