@@ -14,13 +14,13 @@ T = TypeVar("T")
 WATCH_AFTER_S = 0.25
 
 
-async def unless_left(request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def unless_left(request: Request, work: Coroutine[Any, Any, T], *, after_s: float = WATCH_AFTER_S) -> T:
     """What `work` returns, unless the client hangs up before: then `work` is cancelled and this raises
     ClientDisconnect. The request's body has to have been read."""
     task = asyncio.current_task()
     assert task is not None
     watch = _Watch(request, task)
-    timer = asyncio.get_running_loop().call_later(WATCH_AFTER_S, watch.start)
+    timer = asyncio.get_running_loop().call_later(after_s, watch.start)
     try:
         return await work
     except asyncio.CancelledError:

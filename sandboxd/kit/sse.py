@@ -1,14 +1,13 @@
 """Server-sent events: how they are written, numbered, sent; what a client that does not read may cost."""
 
 import asyncio
-import contextlib
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import asynccontextmanager
 from typing import Any
 
 import structlog
-from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from sandboxd.kit.errors import SandboxdError
@@ -122,31 +121,25 @@ class EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, chunks: Chunks) -> None:
+    def __init__(
+        self, chunks: Chunks, *, keep_alive_s: float = KEEP_ALIVE_S, stalled_s: float = STALLED_S
+    ) -> None:
         super().__init__(chunks, headers=_HEADERS)
+        self._keep_alive_s = keep_alive_s
+        self._stalled_s = stalled_s
         self._chunks = chunks
-        self._free = asyncio.Lock()
+        self._cut_off: Callable[[], None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_in_time(message: Message) -> None:
-            try:
-                async with asyncio.timeout(STALLED_S):
-                    await send(message)
-            except TimeoutError as error:
-                abort = scope.get("extensions", {}).get(_ABORT)
-                if abort is not None:
-                    abort()
-                raise ClientDisconnect from error
-
-        await super().__call__(scope, receive, send_in_time)
+        self._cut_off = scope.get("extensions", {}).get(_ABORT)
+        await super().__call__(scope, receive, send)
 
     async def stream_response(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        beat = _Beat(self._free, send)
+        beat = _Beat(send, self._cut_off, self._keep_alive_s, self._stalled_s)
         try:
             async for chunk in self._chunks:
-                beat.postpone()
-                async with self._free:
+                async with beat.sending():
                     await _send_slices(send, chunk)
         finally:
             await beat.close()
@@ -161,33 +154,46 @@ async def _send_slices(send: Send, chunk: bytes | memoryview) -> None:
 
 
 class _Beat:
-    """Sends a comment whenever the stream was silent for a while. Costs no task until then."""
+    """Sends a comment whenever the stream was silent for a while, and cuts off a client that takes nothing.
+    Costs no task until then, and no timer for each event."""
 
-    def __init__(self, free: asyncio.Lock, send: Send) -> None:
-        self._free = free
+    def __init__(
+        self, send: Send, cut_off: Callable[[], None] | None, keep_alive_s: float, stalled_s: float
+    ) -> None:
         self._send = send
+        self._cut_off = cut_off
+        self._keep_alive_s = keep_alive_s
+        self._stalled_s = stalled_s
+        self._free = asyncio.Lock()
         self._tasks = TaskOwner()
         self._loop = asyncio.get_running_loop()
-        self._silent_since = self._loop.time()
-        self._timer = self._loop.call_later(KEEP_ALIVE_S, self._look)
+        # When what is sent now was begun, or what was sent last had been taken.
+        self._since = self._loop.time()
+        self._timer = self._loop.call_later(keep_alive_s, self._look)
 
-    def postpone(self) -> None:
-        self._silent_since = self._loop.time()
+    @asynccontextmanager
+    async def sending(self) -> AsyncGenerator[None]:
+        async with self._free:
+            self._since = self._loop.time()
+            yield
+            self._since = self._loop.time()
 
     async def close(self) -> None:
         self._timer.cancel()
         await self._tasks.close()
 
     def _look(self) -> None:
-        left_s = self._silent_since + KEEP_ALIVE_S - self._loop.time()
-        if left_s <= 0:
-            if not self._free.locked():
-                self._tasks.start("keep-alive", self._say())
-            left_s = KEEP_ALIVE_S
-        self._timer = self._loop.call_later(left_s, self._look)
+        quiet_s = self._loop.time() - self._since
+        next_s = self._keep_alive_s
+        if self._free.locked():
+            if quiet_s >= self._stalled_s and self._cut_off is not None:
+                self._cut_off()
+        elif quiet_s < self._keep_alive_s:
+            next_s -= quiet_s
+        else:
+            self._tasks.start("keep-alive", self._say())
+        self._timer = self._loop.call_later(next_s, self._look)
 
     async def _say(self) -> None:
-        async with self._free:
-            # A client that takes nothing is found out by the stream itself.
-            with contextlib.suppress(ClientDisconnect):
-                await self._send({"type": "http.response.body", "body": KEEP_ALIVE_BYTES, "more_body": True})
+        async with self.sending():
+            await self._send({"type": "http.response.body", "body": KEEP_ALIVE_BYTES, "more_body": True})
