@@ -7,7 +7,7 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, Protocol, runtime_checkable
+from typing import BinaryIO, Protocol, cast, runtime_checkable
 
 from e80_sdk.errors import E80Error
 
@@ -134,8 +134,9 @@ class Source:
 
 async def in_threads(items: Iterator[bytes]) -> AsyncGenerator[bytes]:
     """The items of an iterator that may block, each made in a thread."""
-    while (item := await asyncio.to_thread(next, items, None)) is not None:
-        yield item
+    end = object()
+    while (item := await asyncio.to_thread(next, items, end)) is not end:
+        yield cast("bytes", item)
 
 
 async def _from_bytes(raw: bytes) -> AsyncGenerator[bytes]:

@@ -139,6 +139,8 @@ def test_every_source_is_sent_whole_and_again_where_it_can_be(login: FakeServer,
                 sandbox.files.write("f", wrong)  # type: ignore[arg-type]  # the misuse under test
         with pytest.raises(TypeError, match="from bytes, not from str"):
             sandbox.files.write("f", iter(["x"]))  # type: ignore[list-item]  # the misuse under test
+        with pytest.raises(TypeError, match="from bytes, not from NoneType"):
+            sandbox.files.write("f", iter([b"x", None]))  # type: ignore[list-item]  # would be cut short
         with pytest.raises(FileNotFoundError):
             sandbox.files.write("f", tmp_path / "nowhere")
 
