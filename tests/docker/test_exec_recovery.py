@@ -72,7 +72,11 @@ def result_of(answer: httpx2.Response) -> dict[str, Any]:
     if not answer.headers["content-type"].startswith("text/event-stream"):
         plain: dict[str, Any] = answer.json()
         return plain
-    told = [json.loads(line.removeprefix("data: ")) for line in answer.text.splitlines() if line]
+    told = [
+        json.loads(line.removeprefix("data: "))
+        for line in answer.text.splitlines()
+        if line.startswith("data: ")
+    ]
     assert [event["type"] for event in (told[0], told[-1])] == ["exec.started", "exec.completed"], told[-1]
     result: dict[str, Any] = told[-1]["exec"]
     assert "".join(event.get("delta", "") for event in told) == result["stdout"]
@@ -222,10 +226,11 @@ def test_the_history_tells_of_what_runs_and_of_what_ran(client):
         "failed",
         "ZeroDivisionError",
     )
-    so_far = client.get(f"/v1/sandboxes/{sandbox_id}/execs/{running['id']}").json()
+    path = f"/v1/sandboxes/{sandbox_id}/execs/{running['id']}"
+    wait_until(lambda: "keyed 1\n" in client.get(path).json()["stdout"])
+    so_far = client.get(path).json()
     assert so_far["status"] == "running"
     assert whole("keyed").startswith(so_far["stdout"])
-    assert "keyed 1\n" in so_far["stdout"]
     kept = client.get(f"/v1/sandboxes/{sandbox_id}/execs/{failed['id']}").json()
     assert kept["error"] == failed["error"]
     assert (kept["stdout"], kept["output_kept"]) == ("out\n", True)
