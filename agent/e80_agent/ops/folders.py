@@ -139,6 +139,7 @@ def _move(path: bytes, target: bytes, overwrite: bool) -> Dict[str, Any]:
     path, target = path.rstrip(b"/"), target.rstrip(b"/")
     _require_movable(path)
     _require_movable(target)
+    _refuse_mount(os.lstat(path))
     try:
         (_rename_over if overwrite else _rename)(path, target)
     except OSError as error:
@@ -182,7 +183,6 @@ def _rename(path: bytes, target: bytes) -> None:
 def _move_by_copy(path: bytes, target: bytes, overwrite: bool) -> None:
     """/home/user and /tmp are mounts of their own. The copy gets its name when it is complete, then the
     original goes."""
-    _refuse_mount(os.lstat(path))
     folder = os.open(os.path.dirname(target), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     hidden = os.path.join(os.path.dirname(target), tree.hidden_name(os.path.basename(target)))
     try:
