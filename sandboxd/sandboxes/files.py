@@ -169,7 +169,7 @@ class FileService:
 
 async def _with_pauses(changes: AsyncGenerator[Change]) -> AsyncGenerator[Change | None]:
     """The changes, and None whenever there was none for a while."""
-    following: asyncio.Future[Change] = asyncio.ensure_future(anext(changes))
+    following = asyncio.ensure_future(anext(changes))
     try:
         while True:
             await asyncio.wait([following], timeout=_LOOK_S)

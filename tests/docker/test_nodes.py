@@ -90,6 +90,39 @@ def test_either_daemon_serves_every_sandbox(pair):
         assert one.get(path).json()["termination_reason"] == "user"
 
 
+def test_files_of_every_kind_go_through_either_daemon(pair):
+    first, second = pair
+    with first.client() as one, second.client() as two, httpx2.Client(timeout=60) as anybody:
+        two.headers["Authorization"] = one.headers["Authorization"]
+        path = f"/v1/sandboxes/{one.post('/v1/sandboxes', json={}).json()['id']}"
+        # Bytes that are no text, on their way from query to query.
+        name = "d%2F%FF%20%2B%26%25"
+        assert two.put(f"{path}/files?path={name}", content=b"0123456789").status_code == 201
+        part = two.get(f"{path}/files?path={name}", headers={"Range": "bytes=2-3"})
+        assert (part.status_code, part.content) == (206, b"23")
+        [entry] = two.get(f"{path}/files/list?path=d").json()["data"]
+        assert entry["path_base64"] == one.get(f"{path}/files/list?path=d").json()["data"][0]["path_base64"]
+        packed = two.get(f"{path}/files/archive?path=d&compression=gzip").content
+        unpacked = two.put(f"{path}/files/archive?path=e", content=packed)
+        assert (unpacked.status_code, unpacked.json()["entries"]) == (200, 1)
+        assert two.put(f"{path}/files/archive?path=e", content=packed[:-9]).status_code == 400
+        # What one has signed the other checks, and each URL names the host that was used.
+        for http, daemon in ((one, first), (two, second)):
+            body = {"path_base64": entry["path_base64"], "method": "download"}
+            url = http.post(f"{path}/files/urls", json=body).json()["url"]
+            assert url.startswith(daemon.base_url)
+            for there in pair:
+                got = anybody.get(url.replace(daemon.base_url, there.base_url))
+                assert (got.status_code, got.content) == (200, b"0123456789")
+            assert anybody.get(url + "0").status_code == 401
+        with two.stream("GET", f"{path}/files/watch?path=d") as stream:
+            lines = (line for line in stream.iter_lines() if line.startswith("data: "))
+            assert json.loads(next(lines)[6:])["type"] == "watch.started"
+            assert one.post(f"{path}/files/mkdir", json={"path": "d/new"}).status_code == 201
+            assert json.loads(next(lines)[6:])["path"] == "/home/user/d/new"
+        one.post(f"{path}/stop")
+
+
 def test_a_client_cannot_reach_around_the_door_between_the_daemons(pair):
     first, second = pair
     with first.client() as one, second.client() as two:
