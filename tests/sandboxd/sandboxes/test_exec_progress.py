@@ -15,13 +15,20 @@ from sandboxd.agentlink.exec_log import Event, Outcome, Output, Started
 from sandboxd.identity.errors import IdempotencyConflictError
 from sandboxd.kit.clock import SystemClock
 from sandboxd.kit.db import Database
+from sandboxd.kit.errors import BadRequestError, UnavailableError
 from sandboxd.kit.ids import new_id
 from sandboxd.kit.metrics import Metrics
 from sandboxd.kit.paging import PageParams
 from sandboxd.kit.settings import Settings
 from sandboxd.kit.tasks import TaskOwner
 from sandboxd.runtimes.errors import AgentUnreachableError
-from sandboxd.sandboxes.errors import BusyError, ExecNotFoundError, ExecResultGoneError, SandboxPausedError
+from sandboxd.sandboxes.errors import (
+    BusyError,
+    ExecNotFoundError,
+    ExecOutputGoneError,
+    ExecResultGoneError,
+    SandboxPausedError,
+)
 from sandboxd.sandboxes.exec import ExecService
 from sandboxd.sandboxes.exec_progress import MAX_FOLLOWERS
 from sandboxd.sandboxes.exec_request import NewExec
@@ -419,3 +426,167 @@ def test_the_fingerprint_is_of_what_runs_not_of_how_it_is_told() -> None:
     assert body.fingerprint() == NewExec(code="x", env={"B": "2", "A": "1"}, stream=True).fingerprint()
     others = [NewExec(code="y"), NewExec(command="x"), NewExec(code="x", stdin="1"), NewExec(code="x")]
     assert len({body.fingerprint(), *(other.fingerprint() for other in others)}) == 5
+
+
+async def test_a_background_exec_is_in_the_store_before_it_starts(execs, world):
+    rows: list[list[str]] = []
+    begin_at_agent = world.agent.start
+
+    async def start(request: ExecRequest) -> AsyncGenerator[tuple[Event, int]]:
+        rows.append(await world.rows())
+        async for item in begin_at_agent(request):
+            yield item
+
+    world.agent.start = start
+    result = await execs.start(world.sandbox, NewExec(command="serve", background=True))
+    assert (result["status"], result["background"], rows) == ("running", True, [["running"]])
+    # Nobody follows it: its end is waited for, and its output left where it is.
+    await eventually(lambda: world.agent.waits == 1)
+    assert (world.sandbox.execs, world.sandbox.servers) == (1, 1)
+    await asyncio.sleep(GRACE_S * 2)
+    assert world.agent.signals == []
+    await world.agent.end()
+    await eventually(lambda: world.sandbox.execs == 0)
+    row = await world.history.find(world.sandbox.id, result["id"])
+    assert row is not None
+    assert (row.status, row.title, row.background, world.sandbox.servers) == ("completed", "serve", True, 0)
+
+
+async def test_one_without_a_deadline_is_no_use_of_its_sandbox(execs, world):
+    idle = world.sandbox.idle
+    await execs.start(world.sandbox, NewExec(command="serve", background=True))
+    idle.seconds(world.sandbox, 100.0)
+    idle.seconds(world.sandbox, 101.0)
+    assert idle.seconds(world.sandbox, 150.0) == 150.0
+    await execs.start(world.sandbox, NewExec(command="job", background=True, timeout_s=5))
+    assert idle.seconds(world.sandbox, 200.0) == 0.0
+    assert idle.seconds(world.sandbox, 300.0) == 0.0
+
+
+async def test_a_background_exec_that_the_agent_refuses_is_known_to_have_failed(execs, world):
+    world.agent.refusal = AgentRefusedError("busy", "full")
+    with pytest.raises(BusyError):
+        await execs.start(world.sandbox, NewExec(command="serve", background=True))
+    assert (world.sandbox.execs, await world.rows()) == (0, ["failed"])
+
+
+async def test_a_plain_request_without_a_key_that_is_left_ends_its_exec(execs, world):
+    task = asyncio.ensure_future(execs.run(world.sandbox, NewExec(code="x")))
+    await eventually(lambda: world.agent.execs)
+    task.cancel()
+    await eventually(lambda: world.sandbox.execs == 0)
+    assert (len(world.agent.signals), await world.rows()) == (1, ["killed"])
+
+
+async def follow(
+    execs: ExecService, world: World, exec_id: str, after: int = -1, allowed: Any = None
+) -> list[dict[str, Any]]:
+    async def always() -> None:
+        return None
+
+    chunks = await execs.follow(
+        PROJECT, world.sandbox.id, exec_id, after, f"key of {allowed}", allowed or always, alive=True
+    )
+    return [json.loads(line[6:]) async for _, chunk in chunks for line in chunk.decode().splitlines()[1::3]]
+
+
+async def test_followers_share_one_reading_and_come_in_anywhere(execs, world):
+    started = await execs.start(world.sandbox, NewExec(command="serve", background=True))
+    followers = [asyncio.ensure_future(follow(execs, world, started["id"])) for _ in range(50)]
+    await asyncio.sleep(0.1)
+    before = world.agent.follows
+    await world.agent.say(started["id"], Output(True, b"more"))
+    late = asyncio.ensure_future(follow(execs, world, started["id"], after=100))
+    await asyncio.sleep(0.05)
+    await world.agent.end()
+    for follower in followers:
+        told = await follower
+        assert [event["sequence_number"] for event in told] == [0, 100, 200, 300]
+        assert told[-1]["exec"]["stdout"] == "begun\n"
+    assert [event["sequence_number"] for event in await late] == [200, 300]
+    assert world.agent.follows == before
+    await eventually(lambda: world.sandbox.execs == 0)
+    assert world.sandbox.execs_ended == 1
+
+
+async def test_an_exec_with_a_key_goes_on_while_somebody_follows_its_events(execs, world):
+    events = await begin(execs, world, "key")
+    (exec_id,) = world.agent.execs
+    follower = asyncio.ensure_future(follow(execs, world, exec_id))
+    await asyncio.sleep(0.05)
+    await events.aclose()
+    await asyncio.sleep(GRACE_S * 3)
+    assert world.agent.signals == []
+    await world.agent.end()
+    assert (await follower)[-1]["exec"]["status"] == "completed"
+
+
+async def test_a_follower_keeps_no_exec_alive_that_was_left_for_good(execs, world):
+    events = await begin(execs, world, None)
+    (exec_id,) = world.agent.execs
+    follower = asyncio.ensure_future(follow(execs, world, exec_id))
+    await asyncio.sleep(0.05)
+    await events.aclose()
+    assert (await follower)[-1]["exec"]["status"] == "killed"
+
+
+async def test_followers_end_with_the_daemon_and_with_their_key(execs, world):
+    started = await execs.start(world.sandbox, NewExec(command="serve", background=True))
+    asked: list[int] = []
+
+    async def revoked() -> None:
+        asked.append(1)
+        raise BusyError("revoked")
+
+    follower = asyncio.ensure_future(follow(execs, world, started["id"], allowed=revoked))
+    await eventually(lambda: world.agent.follows >= 1)
+    await asyncio.sleep(1.05)
+    await world.agent.say(started["id"], Output(False, b"secret"))
+    with pytest.raises(BusyError, match="revoked"):
+        await follower
+    other = asyncio.ensure_future(follow(execs, world, started["id"]))
+    await asyncio.sleep(0.05)
+    world.draining.append(True)
+    await execs.tick()
+    with pytest.raises(UnavailableError, match="follow again"):
+        await other
+
+
+async def test_a_pause_is_waited_out_by_followers(execs, world):
+    started = await execs.start(world.sandbox, NewExec(command="serve", background=True))
+    follower = asyncio.ensure_future(follow(execs, world, started["id"]))
+    await eventually(lambda: world.agent.follows >= 1)
+    world.sandbox.paused = True
+    await world.agent.break_off()
+    await eventually(lambda: world.sandbox.execs == 0)
+    world.sandbox.paused = world.agent.broken = False
+    await execs.recover(world.sandbox)
+    await world.agent.say(started["id"], Output(False, b"again"))
+    await world.agent.end()
+    told = await follower
+    assert "".join(event.get("delta", "") for event in told) == "begun\nagain"
+    assert told[-1]["type"] == "exec.completed"
+
+
+async def test_there_is_nothing_to_follow_of_what_is_not_kept(execs, world):
+    with pytest.raises(ExecNotFoundError):
+        await follow(execs, world, new_id("exec"))
+    started = await execs.start(world.sandbox, NewExec(command="serve", background=True))
+    await world.agent.end()
+    await eventually(lambda: world.sandbox.execs == 0)
+    with pytest.raises(BadRequestError, match="beyond the last event"):
+        await follow(execs, world, started["id"], after=1_000_000)
+    world.live.remove(world.sandbox.id)
+    with pytest.raises(ExecOutputGoneError, match="completed"):
+        await follow(execs, world, started["id"])
+
+
+async def test_what_runs_is_listed_at_once_and_by_status(execs, world):
+    events = await begin(execs, world, None)
+    rows, _ = await execs.page(world.sandbox.id, PageParams(), "running", alive=True)
+    assert [row.title for row in rows] == ["x"]
+    assert (await execs.page(world.sandbox.id, PageParams(), "completed", alive=True))[0] == []
+    # Of a sandbox that ended unseen nothing runs, and what did was killed.
+    assert (await execs.page(world.sandbox.id, PageParams(), "running", alive=False))[0] == []
+    assert len((await execs.page(world.sandbox.id, PageParams(), "killed", alive=False))[0]) == 1
+    await events.aclose()
