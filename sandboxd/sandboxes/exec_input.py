@@ -25,7 +25,14 @@ _PIECE = 256 * 1024
 
 
 class ExecInput:
-    def __init__(self, clock: Clock, progress: Progress, history: History) -> None:
+    def __init__(
+        self,
+        clock: Clock,
+        progress: Progress,
+        history: History,
+        stdin_timeout_s: float = STDIN_TIMEOUT_S,
+    ) -> None:
+        self._stdin_timeout_s = stdin_timeout_s
         self._clock = clock
         self._progress = progress
         self._history = history
@@ -81,14 +88,14 @@ class ExecInput:
         first, end = size, max(size, offset + len(data))
         if not is_open and end == size:
             return size, False  # all of it was done before
-        deadline = asyncio.get_running_loop().time() + STDIN_TIMEOUT_S
+        deadline = asyncio.get_running_loop().time() + self._stdin_timeout_s
         while size < end:
             start = size - offset
             taken, is_open = await agent.stdin(exec_id, data[start : start + _PIECE], size, False)
             if taken > size:
-                deadline = asyncio.get_running_loop().time() + STDIN_TIMEOUT_S
+                deadline = asyncio.get_running_loop().time() + self._stdin_timeout_s
             elif asyncio.get_running_loop().time() >= deadline:
-                raise StdinFullError(exec_id, size - first, size, STDIN_TIMEOUT_S)
+                raise StdinFullError(exec_id, size - first, size, self._stdin_timeout_s)
             sandbox.bytes_in += max(0, taken - size)
             sandbox.touch(self._clock.now())
             size = max(size, taken)

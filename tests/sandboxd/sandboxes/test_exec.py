@@ -1,11 +1,15 @@
 """What an exec tells its client: names of signals, refusals as results; and what may be asked for."""
 
 import asyncio
+import hashlib
+import json
+import re
 from collections.abc import AsyncGenerator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from sandboxd.agentlink.client import Known
 from sandboxd.agentlink.errors import AgentRefusedError
@@ -13,13 +17,16 @@ from sandboxd.agentlink.exec_log import Event, Failure, Outcome, Output, Result
 from sandboxd.kit.clock import SystemClock
 from sandboxd.kit.db import Database
 from sandboxd.kit.errors import BadRequestError
+from sandboxd.kit.ids import new_id
 from sandboxd.kit.metrics import Metrics
 from sandboxd.kit.settings import Settings
 from sandboxd.kit.tasks import TaskOwner
-from sandboxd.sandboxes.errors import BusyError
+from sandboxd.sandboxes.errors import BusyError, StdinClosedError, StdinFullError, StdinOffsetError
 from sandboxd.sandboxes.exec import ExecService
-from sandboxd.sandboxes.exec_request import NewExec
+from sandboxd.sandboxes.exec_input import ExecInput
+from sandboxd.sandboxes.exec_request import NewExec, Pty
 from sandboxd.sandboxes.exec_result import CLEAR_TYPE, DISPLAY_TYPE, Run, refused
+from sandboxd.sandboxes.exec_schemas import ExecBody, PtyBody, SignalBody
 from sandboxd.sandboxes.history import History
 from sandboxd.sandboxes.live import Idleness, LiveSandbox, LiveSandboxes, Metered
 
@@ -198,3 +205,129 @@ def test_refusals_are_results_or_errors() -> None:
     with pytest.raises(BadRequestError) as cwd:
         refused(AgentRefusedError("cwd_not_found", "cwd '/x': No such file or directory"))
     assert cwd.value.param == "cwd"
+
+
+def test_what_earlier_releases_knew_has_the_same_fingerprint() -> None:
+    """Or an exec that runs over an upgrade could not be found again by its key."""
+    plain = NewExec(code="x", cwd="/home/user", timeout_s=1.0)
+    said: list[Any] = ["x", None, "/home/user", {}, "", 1.0, False]
+    expected = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    assert plain.fingerprint() == expected
+    assert NewExec(code="x", timeout_s=1.0).fingerprint() == expected
+    others = [
+        NewExec(code="x", timeout_s=1.0, language="bash"),
+        NewExec(code="x", timeout_s=1.0, context="ctx_1"),
+        NewExec(code="x", timeout_s=1.0, user="nobody"),
+        NewExec(code="x", timeout_s=1.0, stdin_open=True),
+        NewExec(code="x", timeout_s=1.0, background=True),
+        NewExec(command="x", timeout_s=1.0, pty=Pty(24, 80, "xterm")),
+        NewExec(command="x", timeout_s=1.0, pty=Pty(25, 80, "xterm")),
+    ]
+    assert len({expected, *(other.fingerprint() for other in others)}) == len(others) + 1
+
+
+def test_titles_are_short_and_can_be_stored() -> None:
+    assert NewExec(code="print(1)\n" * 100).title() == ("print(1)\n" * 100)[:200]
+    assert NewExec(code="a\0b").title() == "a?b"
+    assert NewExec(command=["ls", "a b"]).title() == "ls 'a b'"
+    assert len(NewExec(command=["x" * 1000] * 1000).title()) == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"code": "x", "command": "x"}, "either 'code' or 'command'"),
+        ({"code": "x", "user": "root"}, "must be 'user' or 'nobody'"),
+        ({"code": "x", "pty": {}}, "'pty' is for 'command'"),
+        ({"command": "x", "pty": {"rows": 0}}, "greater than or equal to 1"),
+        ({"command": "x", "pty": {"term": "a b"}}, "match pattern"),
+        ({"command": "x", "language": "bash"}, "'language' is for 'code'"),
+        ({"command": "x", "context": new_id("ctx")}, "'context' is for 'code'"),
+        ({"code": "x", "context": new_id("ctx"), "env": {}}, "'env' is not for code in a context"),
+        ({"code": "x", "context": "nonsense"}, "match pattern"),
+        ({"code": "x", "background": True, "stream": True}, "answers at once"),
+        ({"code": "x", "timeout_s": None}, "for 'background' only"),
+        ({"code": "x" * 131_072, "language": "bash"}, "write it to a file"),
+        ({"code": "x\0", "language": "bash"}, "NUL"),
+        ({"code": "x", "language": "bash", "fresh": True}, "'fresh' is for Python"),
+    ],
+)
+def test_what_cannot_be_run_is_said_with_the_field(body: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(words)):
+        ExecBody(**body)
+
+
+def test_what_can_be_run() -> None:
+    assert ExecBody(code="x", background=True, timeout_s=None).wanted().timeout_s is None
+    assert ExecBody(code="ls", language="bash").wanted().argv() == ("bash", "-c", "ls")
+    assert ExecBody(code="x", context=new_id("ctx"), timeout_s=5).wanted().argv() == ()
+    pty = ExecBody(command="x", pty=PtyBody(rows=10)).wanted().pty
+    assert pty == Pty(10, 80, "xterm-256color")
+
+
+@pytest.mark.parametrize("value", ["SIGTERM", "TERM", "sigterm", 15])
+def test_a_signal_has_many_names(value: object) -> None:
+    assert SignalBody(signal=value).signal == 15  # type: ignore[arg-type]  # as it comes
+
+
+@pytest.mark.parametrize("value", ["FOO", "", 0, 65, -1, True, None, 1.5])
+def test_what_is_no_signal(value: object) -> None:
+    with pytest.raises(ValidationError, match="must be a signal's name or number"):
+        SignalBody(signal=value)  # type: ignore[arg-type]  # as it comes
+
+
+class Reader:
+    """An agent whose program reads so much of its input at a time, and no more than so much."""
+
+    def __init__(self, step: int, most: int) -> None:
+        self.step = step
+        self.most = most
+        self.taken = bytearray()
+        self.open = True
+
+    async def stdin(self, _id: str, data: bytes, offset: int | None, close: bool) -> tuple[int, bool]:
+        await asyncio.sleep(0)
+        start = len(self.taken) if offset is None else offset
+        rest = data[len(self.taken) - start :][: min(self.step, self.most - len(self.taken))]
+        if data and not self.open:
+            raise AgentRefusedError("stdin_closed", "")
+        self.taken += rest
+        self.open = self.open and not close
+        return len(self.taken), self.open
+
+
+def input_of(db: Database) -> ExecInput:
+    history = History(db, Metrics())
+    return ExecInput(SystemClock(), Nobody(), history, stdin_timeout_s=0.05)  # type: ignore[arg-type]
+
+
+class Nobody:
+    def find(self, *_: object) -> None:
+        return None
+
+
+async def test_input_is_taken_in_its_order_and_once(db: Database) -> None:
+    """Open stdin does not hang an exec, and neither does one that reads slowly (daytona#4230, E2B#339)."""
+    reader = Reader(step=3, most=1000)
+    sandbox, writer = live_sandbox(reader), input_of(db)
+    both = await asyncio.gather(
+        writer.write(sandbox, "exec_1", b"0123456789", None, close=False),
+        writer.write(sandbox, "exec_1", b"abcdefghij", None, close=False),
+    )
+    assert bytes(reader.taken) in (b"0123456789abcdefghij", b"abcdefghij0123456789")
+    assert sorted(size for size, _ in both) == [10, 20]
+    assert await writer.write(sandbox, "exec_1", bytes(reader.taken[5:]) + b"!", 5, close=True) == (21, False)
+    assert len(reader.taken) == 21
+    # What was done may be asked for again; what was not may not.
+    assert await writer.write(sandbox, "exec_1", b"j!", 19, close=True) == (21, False)
+    with pytest.raises(StdinClosedError):
+        await writer.write(sandbox, "exec_1", b"more", None, close=False)
+    with pytest.raises(StdinOffsetError, match="22"):
+        await writer.write(sandbox, "exec_1", b"", 22, close=False)
+    assert sandbox.bytes_in == 21
+
+
+async def test_a_program_that_does_not_read_is_said_to_be_full(db: Database) -> None:
+    sandbox = live_sandbox(Reader(step=4, most=6))
+    with pytest.raises(StdinFullError, match="6 bytes of 'data' were taken, 6 in all"):
+        await input_of(db).write(sandbox, "exec_1", b"0123456789", None, close=True)
