@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -15,6 +16,7 @@ from e80_sdk.errors import E80Error
 from e80_sdk.retries import PATIENCE_S
 
 from e80_cli.exits import INTERRUPTED
+from e80_cli.terminal import is_raw
 
 if TYPE_CHECKING:
     from e80_cli.session import Login, Work
@@ -23,6 +25,8 @@ FIRST_PATIENCE_S = 10.0
 """A server that never answered may be down for good, or the address wrong; one that did restarts."""
 QUIET_PAUSES = 4
 """The first pauses take less than a second: too short to be worth a word."""
+ANOTHER_S = 10.0
+"""After so long without a pause it is another trouble."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -88,15 +92,17 @@ async def _main(work: Work, login: Login, interrupts: _Interrupts) -> int:
 
 
 class _Waiting:
-    """Tells a person, once, why nothing happens."""
+    """Tells a person, once for each trouble, why nothing happens."""
 
     def __init__(self) -> None:
         self._pauses = 0
+        self._told_at = 0.0
 
     def tell(self, error: E80Error, left_s: float) -> None:
-        self._pauses += 1
+        now = time.monotonic()
+        self._pauses = self._pauses + 1 if now - self._told_at < ANOTHER_S else 1
+        self._told_at = now
         if self._pauses == QUIET_PAUSES and sys.stderr.isatty():
-            # The terminal may be raw, where a line feed alone does not go back to the first column.
-            sys.stderr.write(
-                f"8080: {error.message}\r\n8080: trying for {left_s:.0f} s more; Ctrl-C ends it\r\n"
-            )
+            # The terminal may be raw: there Ctrl-C is for the program, and a line feed is not a new line.
+            way_out = "Enter ~ . leaves" if is_raw() else "Ctrl-C ends it"
+            sys.stderr.write(f"8080: {error.message}\r\n8080: trying for {left_s:.0f} s more; {way_out}\r\n")

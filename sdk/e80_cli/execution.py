@@ -92,7 +92,7 @@ async def run_on_terminal(
     rows, cols = terminal.size
     term = os.environ.get("TERM", "")
     pty = {"rows": rows, "cols": cols, "term": term if _TERM.fullmatch(term) else "xterm-256color"}
-    started = await execs.start(sandbox_id, {**body, "pty": pty})
+    started = await _started(client, sandbox_id, {**body, "pty": pty}, output)
 
     async def resize(rows: int, cols: int) -> None:
         with suppress(ConflictError, NotFoundError):  # the program ended meanwhile
@@ -194,6 +194,33 @@ async def _with_tasks(work: Callable[[asyncio.TaskGroup], Awaitable[T]]) -> T:
             return await work(beside)
     except BaseExceptionGroup as group:
         raise group.exceptions[0] from None
+
+
+async def _started(
+    client: AsyncEighty80, sandbox_id: str, body: Mapping[str, Any], output: Output
+) -> ExecResult:
+    """Start it. Whoever leaves while the server is at it waits for the answer, to hang up: nobody else would
+    know its id."""
+
+    async def start(beside: asyncio.TaskGroup) -> ExecResult:
+        starting = beside.create_task(client.api.execs.start(sandbox_id, body))
+        try:
+            return await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            await undisturbed(_abandon(client, sandbox_id, starting, output))
+            raise
+
+    return await _with_tasks(start)
+
+
+async def _abandon(
+    client: AsyncEighty80, sandbox_id: str, starting: asyncio.Task[ExecResult], output: Output
+) -> None:
+    await asyncio.wait([starting], timeout=HANG_UP_S)
+    if not starting.done():
+        starting.cancel()
+    elif starting.exception() is None:
+        await _hang_up(client, sandbox_id, starting.result().id, output)
 
 
 async def _hang_up(client: AsyncEighty80, sandbox_id: str, exec_id: str, output: Output) -> None:

@@ -71,6 +71,14 @@ class Terminal:
             loop.remove_signal_handler(signal.SIGWINCH)
 
 
+def is_raw(fd: int = 0) -> bool:
+    """Whether it is a terminal on which Ctrl-C is a key like others."""
+    try:
+        return not termios.tcgetattr(fd)[3] & termios.ISIG
+    except termios.error:
+        return False
+
+
 class Escape:
     """Finds `~.` at the beginning of a typed line, the way out when nobody answers; `~~` is one `~`."""
 

@@ -49,6 +49,7 @@ def tree(cli: Cli, name: str) -> dict[str, tuple[int, bytes | str | None]]:
 
 
 def test_folders_there_and_back(cli: Cli, box: str) -> None:
+    """Byte for byte and whole, where others fail silently over 18 KB: OpenSandbox#1016."""
     source = cli.folder / "src"
     (source / "deep" / "empty").mkdir(parents=True)
     (source / "run.sh").write_text("#!/bin/sh\necho ran\n")

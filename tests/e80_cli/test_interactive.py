@@ -147,11 +147,29 @@ def test_a_session_goes_on_over_a_restart_and_ends_when_nobody_answers(
         own_daemon.stop(signal.SIGKILL)
         person.type("echo $mine$((2+2))", ENTER)  # into a connection that nobody serves
         own_daemon.start()
-        person.see("kept4", "ready> ")
+        seen = person.see("kept4", "ready> ")
         own_daemon.stop()
         assert person.ended() == 125
+        assert b"Enter ~ . leaves" in seen + person.shown, "what to do while nobody answers"
         assert person.is_as_before
         assert b"8080 sandbox kill" in person.shown, "how to end what could not be told to end"
+
+
+def test_a_program_that_cannot_be_started_on_a_terminal(cli: Cli) -> None:
+    with cli.session("sandbox", "exec", "-it", "sbx_none", "--", "bash") as person:
+        assert person.ended() == 125
+        assert b"sbx_none" in person.shown
+        assert person.is_as_before
+
+
+def test_whoever_leaves_before_it_runs_leaves_nothing_running(cli: Cli, box: str) -> None:
+    for wait_s in (0.2, 0.25, 0.3, 0.35, 0.4, 0.5):
+        with cli.session("sandbox", "exec", "-it", box, "--", "sleep", "1000") as person:
+            time.sleep(wait_s)  # at any moment of its start
+            person.process.send_signal(signal.SIGTERM)
+            assert person.ended() in (143, -signal.SIGTERM)
+            assert person.is_as_before
+    until_none_runs(cli, box)
 
 
 def test_a_terminal_is_asked_for_where_there_is_none(cli: Cli, box: str) -> None:
