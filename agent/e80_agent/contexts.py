@@ -318,8 +318,15 @@ class Contexts:
         context.end("it was deleted", over)
 
     def restart(self, context: Context, done: Done) -> None:
-        """A new process for it; the calls that run or wait are ended."""
-        context.end("it is being restarted", lambda: context.start(done))
+        """A new process for it, unless it is deleted meanwhile; the calls that run or wait are ended."""
+
+        def over() -> None:
+            if self.get(context.id) is context:
+                context.start(done)
+            else:
+                done(None)
+
+        context.end("it is being restarted", over)
 
     def start_process(self, context: Context) -> Process:
         process = Process(self.loop, self.execs, self._own_pids, context)

@@ -221,13 +221,21 @@ class Execs:
         """Pipes for stdin, stdout, stderr (and the error channel), or a terminal for the first three; returns
         the child's ends, to be closed. Raises OSError."""
         uid = self._tenant.user(run.user).uid
-        if run.pty_size is not None:
-            return self._open_terminal(run, uid, run.pty_size)
-        with rights_of(uid):
-            return self._open_pipes(run, with_error)
-
-    def _open_pipes(self, run: Exec, with_error: bool) -> List[int]:
         theirs: List[int] = []
+        try:
+            if run.pty_size is not None:
+                self._open_terminal(run, uid, run.pty_size, theirs)
+            else:
+                with rights_of(uid):
+                    self._open_pipes(run, with_error, theirs)
+        except OSError:
+            for fd in theirs:
+                os.close(fd)
+            self._close_pipes(run)
+            raise
+        return theirs
+
+    def _open_pipes(self, run: Exec, with_error: bool, theirs: List[int]) -> None:
         if run.stdin.wanted:
             reader, writer = os.pipe()
             os.set_blocking(writer, False)
@@ -241,13 +249,12 @@ class Execs:
             os.set_blocking(reader, False)
             run.outputs[reader] = kind
             theirs.append(writer)
-        return theirs
 
-    def _open_terminal(self, run: Exec, uid: int, size: Tuple[int, int]) -> List[int]:
+    def _open_terminal(self, run: Exec, uid: int, size: Tuple[int, int], theirs: List[int]) -> None:
         master, run.terminal = open_terminal(uid, size)
         run.outputs[master] = protocol.RECORD_STDOUT
         run.stdin.own(os.dup(master), is_terminal=True)
-        return [run.terminal.duplicate() for _ in range(3)]
+        theirs.extend(run.terminal.duplicate() for _ in range(3))
 
     def started(self, run: Exec, pid: int) -> None:
         """The process exists: from here on it is read and fed and, at the end, swept."""

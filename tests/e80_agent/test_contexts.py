@@ -246,3 +246,14 @@ def test_there_is_a_limit_and_a_list_of_languages(contexts):
     fault = contexts.create({**header, "language": "bash"}, print)
     assert fault is not None
     assert fault[0] == "busy"
+
+
+def test_a_context_that_is_deleted_while_it_restarts_gets_no_new_process(contexts):
+    """It would be in no list, and nobody could end it."""
+    context, said = make(contexts), []
+    before = contexts.process
+    contexts.restart(context, lambda fault: said.append(("restarted", fault)))
+    contexts.delete(context, lambda: said.append(("deleted", None)))
+    context.over(9, 1.0, 0)
+    assert contexts.process is before
+    assert (said, contexts.all()) == ([("restarted", None), ("deleted", None)], [])

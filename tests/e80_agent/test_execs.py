@@ -1,5 +1,7 @@
 """What the agent knows of execs: repeated requests, forgotten logs, deadlines that stand still."""
 
+import os
+import resource
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +23,9 @@ class Loop:
 
     def _cancel(self) -> None:
         self.cancelled += 1
+
+    def forget(self, fd: int) -> None:
+        """Nothing is watched here."""
 
 
 class Connection:
@@ -140,3 +145,21 @@ def test_an_exec_that_ended_while_deadlines_stood_still_gets_none(agent, loop):
     finish(agent, "exec_1")
     agent.execs.release()
     assert loop.delays == [10.0]
+
+
+@pytest.mark.parametrize("more", [{}, {"pty": {"rows": 24, "cols": 80}}])
+@pytest.mark.parametrize("room", range(5))
+def test_an_exec_for_which_there_are_too_few_descriptors_keeps_none(agent, more, room):
+    agent.execs._tenant = SimpleNamespace(user=lambda _name: SimpleNamespace(uid=os.geteuid()))
+    run = agent.execs.create(header("exec_1", stdin_open=True, **more), b"in")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before = os.listdir("/proc/self/fd")
+    first_free = os.dup(0)
+    os.close(first_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (first_free + room, limits[1]))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            agent.execs.open_pipes(run, True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert os.listdir("/proc/self/fd") == before
