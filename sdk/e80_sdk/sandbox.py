@@ -332,7 +332,7 @@ class Sandbox(_Facts):
         """Start an interpreter that keeps its state between calls.
 
         Args:
-            language: `python`, `bash`, or `javascript` in images that have Node.js.
+            language: `python` or `bash`.
             cwd: Where it starts; else /home/user.
             env: More variables.
 

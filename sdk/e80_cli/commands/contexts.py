@@ -30,7 +30,9 @@ ContextId = Annotated[str, typer.Argument(help="Id of a context.", metavar="CONT
 def create(
     context: typer.Context,
     sandbox_id: SandboxId,
-    language: Annotated[Literal["python", "bash"], typer.Option("--language", help="What it runs.")] = "python",
+    language: Annotated[
+        Literal["python", "bash"], typer.Option("--language", help="What it runs.")
+    ] = "python",
     cwd: Annotated[str | None, typer.Option("--cwd", help="Folder to start in.")] = None,
     env: Env = None,
     as_json: AsJson = False,
