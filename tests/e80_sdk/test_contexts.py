@@ -169,8 +169,11 @@ def test_pictures_and_tables(real_sandbox: Sandbox) -> None:
 def test_an_interrupt_keeps_the_state(real_sandbox: Sandbox) -> None:
     with real_sandbox.context() as context, ThreadPoolExecutor() as pool:
         context.run("kept = 1")
-        running = pool.submit(context.run, "import time\ntime.sleep(60)")
-        asyncio.run(until(lambda: real_sandbox.get_context(context.id).info.status == "busy"))
+        heard: list[str] = []
+        code = "import time\nprint('on', flush=True)\ntime.sleep(60)"
+        running = pool.submit(context.run, code, on_stdout=heard.append)
+        asyncio.run(until(lambda: heard))
+        assert real_sandbox.get_context(context.id).info.status == "busy"
         context.interrupt()
         result = running.result(20)
         assert result.error is not None
