@@ -226,3 +226,11 @@ def test_files_that_grow_while_they_are_packed_do_not_spoil_the_archive(files):
             assert sorted(member.name for member in tar) == ["a", "b"]
             assert len(tar.extractfile("a").read()) >= 3_000_000
     assert files.get("/stat", "path=d/a").json()["size"] > 3_000_000
+
+
+def test_only_what_streams_is_free_of_the_limit_of_bodies(files):
+    big = os.urandom(9_000_000)
+    answer = put(files, archive(("big", big)))
+    assert (answer.status_code, answer.json()["size"]) == (200, len(big))
+    for what in ("mkdir", "move", "chmod", "urls"):
+        assert code(files.post(what, path="x" * 9_000_000)) == (413, "too_large"), what

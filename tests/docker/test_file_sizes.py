@@ -208,14 +208,14 @@ def test_a_full_quota_of_files_is_told_and_loses_nothing(client):
 
 
 def test_a_folder_of_many_names_is_listed_in_flat_memory(daemon, files, sandbox_id):
-    count = 50_000
+    count = 20_000
     made = f"import os\nos.mkdir('d')\nfor n in range({count}): os.mknod(f'd/{{n * 7919 % {count}:06d}}')"
     files.client.post(f"{files.base}/exec", json={"code": made, "timeout_s": 60})
     expected = [f"{number:06d}" for number in range(count)]
     with Memory(daemon, sandbox_id) as memory:
         assert files.names("path=d&limit=1000") == expected[:1000]
-        assert files.names("path=d&limit=1000&after=049500") == expected[49501:]
-        assert files.names("path=d&limit=3&after=0249995") == expected[25000:25003]
+        assert files.names("path=d&limit=1000&after=019500") == expected[19501:]
+        assert files.names("path=d&limit=3&after=0099995") == expected[10000:10003]
         assert files.get("/archive", "path=d").status_code == 200
         assert files.delete("path=d&recursive=true").status_code == 200
     assert memory.helper < GROWTH
