@@ -8,6 +8,7 @@ import zlib
 
 import pytest
 
+from tests.docker.scene import until
 from tests.docker.test_file_names import Files, code
 
 pytestmark = pytest.mark.docker
@@ -220,12 +221,12 @@ def test_files_that_grow_while_they_are_packed_do_not_spoil_the_archive(files):
     grow = "while :; do head -c 20000 /dev/zero >> d/a; head -c 100 /dev/zero >> d/b; sleep 0.01; done"
     started = files.client.post(f"{files.base}/exec", json={"command": grow, "background": True})
     assert started.status_code == 200, started.text
+    until(lambda: files.get("/stat", "path=d/a").json()["size"] > 3_000_000)
     for _ in range(5):
         got = files.get("/archive", "path=d")
         with tarfile.open(fileobj=io.BytesIO(got.content)) as tar:
             assert sorted(member.name for member in tar) == ["a", "b"]
             assert len(tar.extractfile("a").read()) >= 3_000_000
-    assert files.get("/stat", "path=d/a").json()["size"] > 3_000_000
 
 
 def test_only_what_streams_is_free_of_the_limit_of_bodies(files):
