@@ -123,7 +123,8 @@ class FileService:
                 changes = await sandbox.agent.files.watch(target.path, recursive)
                 await stack.enter_async_context(aclosing(changes))
                 yield None
-                async for change in _with_pauses(changes):
+                paced = await stack.enter_async_context(aclosing(_with_pauses(changes)))
+                async for change in paced:
                     if self._closing():
                         raise UnavailableError("The server is shutting down; watch again.")
                     yield change
