@@ -50,6 +50,12 @@ class Batch(Generic[T]):
     def __len__(self) -> int:
         return len(self._waiting)
 
+    @property
+    def settled(self) -> bool:
+        """Whether all that it was given is written: what is being written waits no more, and is not there
+        yet."""
+        return not self._waiting and not self._turn.locked()
+
     def add(self, item: T) -> None:
         """Takes an item; it is written within `delay_s`, if it can be."""
         self._waiting.append(item)

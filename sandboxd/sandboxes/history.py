@@ -94,7 +94,7 @@ class History:
 
     async def _catch_up(self) -> None:
         """So that a reader finds what ended just now; he finds the rest when the store cannot be written."""
-        if not len(self.batch):
+        if self.batch.settled:
             return
         try:
             await self.batch.flush()

@@ -1,5 +1,6 @@
 """The history of execs: written in groups, never changed once it has ended, read by the time of the start."""
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -50,6 +51,28 @@ async def test_a_reader_finds_what_ended_just_now(history):
     assert found is not None
     assert found.model_dump() == row(1)
     assert await history.find("sbx_other", exec_id(1)) is None
+
+
+async def test_a_reader_finds_what_is_being_written_just_now(history, monkeypatch):
+    """An exec that had just ended was not there, one time in a hundred: its row had left the queue and had
+    not come to the table."""
+    begun, go_on = asyncio.Event(), asyncio.Event()
+    upsert = history._upsert
+
+    async def slow(rows: list[dict[str, Any]]) -> None:
+        begun.set()
+        await go_on.wait()
+        await upsert(rows)
+
+    monkeypatch.setattr(history, "_upsert", slow)
+    history.add(row(1))
+    async with asyncio.TaskGroup() as group:
+        group.create_task(history.batch.flush())
+        await begun.wait()
+        reader = group.create_task(history.find(SANDBOX, exec_id(1)))
+        await asyncio.wait([reader], timeout=0.3)  # in which it must not have read
+        go_on.set()
+    assert reader.result() is not None
 
 
 async def test_the_end_replaces_the_start_also_within_one_group(history):
