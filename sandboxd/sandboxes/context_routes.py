@@ -29,28 +29,28 @@ def make_router(sandboxes: SandboxService, contexts: ContextService) -> APIRoute
     ) -> ContextOut:
         """Starts an interpreter that keeps its state. It takes calls when this answers."""
         check_project(principal, body.project)
-        sandbox = await sandboxes.running(principal.project_id, sandbox_id)
-        made = await contexts.create(
-            sandbox,
-            body.language,
-            body.cwd,
-            body.env,
-            fingerprint=request_digest(body),
-            key=idempotency_key,
-        )
-        return ContextOut.of(sandbox_id, made)
+        async with sandboxes.linked(principal.project_id, sandbox_id) as sandbox:
+            made = await contexts.create(
+                sandbox,
+                body.language,
+                body.cwd,
+                body.env,
+                fingerprint=request_digest(body),
+                key=idempotency_key,
+            )
+            return ContextOut.of(sandbox_id, made)
 
     @router.get("")
     async def list_contexts(sandbox_id: str, principal: CurrentPrincipal) -> Page[ContextOut]:
         """All contexts of the sandbox, lost ones included; there are few."""
-        sandbox = await sandboxes.running(principal.project_id, sandbox_id)
-        found = await contexts.list(sandbox)
-        return Page[ContextOut].of([ContextOut.of(sandbox_id, item) for item in found], has_more=False)
+        async with sandboxes.linked(principal.project_id, sandbox_id) as sandbox:
+            found = await contexts.list(sandbox)
+            return Page[ContextOut].of([ContextOut.of(sandbox_id, item) for item in found], has_more=False)
 
     @router.get("/{context_id}")
     async def get_context(sandbox_id: str, context_id: str, principal: CurrentPrincipal) -> ContextOut:
-        sandbox = await sandboxes.running(principal.project_id, sandbox_id)
-        return ContextOut.of(sandbox_id, await contexts.get(sandbox, context_id))
+        async with sandboxes.linked(principal.project_id, sandbox_id) as sandbox:
+            return ContextOut.of(sandbox_id, await contexts.get(sandbox, context_id))
 
     @router.post("/{context_id}/restart")
     async def restart_context(
@@ -58,8 +58,8 @@ def make_router(sandboxes: SandboxService, contexts: ContextService) -> APIRoute
     ) -> ContextOut:
         """A new process under the same id; the state is gone, and calls that run or wait are ended."""
         check_project(principal, body.project if body else None)
-        sandbox = await sandboxes.running(principal.project_id, sandbox_id)
-        return ContextOut.of(sandbox_id, await contexts.restart(sandbox, context_id))
+        async with sandboxes.linked(principal.project_id, sandbox_id) as sandbox:
+            return ContextOut.of(sandbox_id, await contexts.restart(sandbox, context_id))
 
     @router.post("/{context_id}/interrupt")
     async def interrupt_context(
@@ -67,16 +67,16 @@ def make_router(sandboxes: SandboxService, contexts: ContextService) -> APIRoute
     ) -> ContextOut:
         """What Ctrl-C does: the call that runs is interrupted, the state stays."""
         check_project(principal, body.project if body else None)
-        sandbox = await sandboxes.running(principal.project_id, sandbox_id)
-        return ContextOut.of(sandbox_id, await contexts.interrupt(sandbox, context_id))
+        async with sandboxes.linked(principal.project_id, sandbox_id) as sandbox:
+            return ContextOut.of(sandbox_id, await contexts.interrupt(sandbox, context_id))
 
     @router.delete("/{context_id}")
     async def delete_context(
         sandbox_id: str, context_id: str, principal: CurrentPrincipal
     ) -> DeletedContextOut:
         """Ends it and all it started."""
-        sandbox = await sandboxes.running(principal.project_id, sandbox_id)
-        await contexts.delete(sandbox, context_id)
-        return DeletedContextOut(id=context_id)
+        async with sandboxes.linked(principal.project_id, sandbox_id) as sandbox:
+            await contexts.delete(sandbox, context_id)
+            return DeletedContextOut(id=context_id)
 
     return router

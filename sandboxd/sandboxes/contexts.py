@@ -5,17 +5,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from sandboxd.agentlink.contexts import Context
-from sandboxd.agentlink.errors import AgentRefusedError, LinkBrokenError
+from sandboxd.agentlink.errors import AgentRefusedError
 from sandboxd.identity.errors import IdempotencyConflictError
 from sandboxd.kit.clock import Clock
 from sandboxd.kit.errors import BadRequestError, ConflictError
 from sandboxd.kit.ids import derived_id, is_id, new_id
-from sandboxd.runtimes.errors import AgentUnreachableError
 from sandboxd.sandboxes.errors import (
     BusyError,
     ContextBusyError,
     ContextNotFoundError,
-    SandboxPausedError,
 )
 from sandboxd.sandboxes.live import LiveSandbox
 
@@ -80,10 +78,6 @@ class ContextService:
             yield
         except AgentRefusedError as error:
             raise _explain(error, context_id, key) from error
-        except (LinkBrokenError, AgentUnreachableError) as error:
-            if not sandbox.paused:
-                raise
-            raise SandboxPausedError(sandbox.id) from error
 
 
 def _explain(error: AgentRefusedError, context_id: str, key: str | None) -> Exception:

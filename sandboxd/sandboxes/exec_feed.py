@@ -362,14 +362,25 @@ class Feeds:
             raise FollowersError(f"{MAX_FOLLOWERS} clients follow execs already, the limit")
         if feed is not None:
             return
-        feeds = self._feeds.values()
-        extra = sum(1 for item in feeds if item.sandbox is sandbox and item.entry is None)
-        if extra >= MAX_SANDBOX_FEEDS and not run.background:
+        if not run.background and not self._has_room(
+            MAX_SANDBOX_FEEDS, lambda item: item.sandbox is sandbox and item.entry is None
+        ):
             raise FollowersError(f"{MAX_SANDBOX_FEEDS} execs of sandbox {sandbox.id} are followed, the limit")
-        if sum(1 for item in feeds if item.sandbox.project_id == project_id) >= MAX_PROJECT_FEEDS:
+        if not self._has_room(MAX_PROJECT_FEEDS, lambda item: item.sandbox.project_id == project_id):
             raise FollowersError(f"{MAX_PROJECT_FEEDS} execs of the project are followed, the limit")
-        if len(self._feeds) >= MAX_FEEDS:
+        if not self._has_room(MAX_FEEDS, lambda _: True):
             raise FollowersError(f"{MAX_FEEDS} execs are followed already, the limit")
+
+    def _has_room(self, limit: int, counts: Callable[[Feed], bool]) -> bool:
+        """Whether one more feed is within the limit. One that outlived its followers makes room for it."""
+        counted = [item for item in self._feeds.values() if counts(item)]
+        if len(counted) < limit:
+            return True
+        left = next((item for item in counted if not item.followers), None)
+        if left is None:
+            return False
+        self._end(left)
+        return True
 
     def _join(self, feed: Feed) -> None:
         if feed.leaving is not None:

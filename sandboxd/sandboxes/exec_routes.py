@@ -2,6 +2,8 @@
 
 import json
 import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Query, Response
@@ -129,24 +131,25 @@ def make_exec_router(sandboxes: SandboxService, execs: ExecService, identity: Id
 
 
 def _add_input(router: APIRouter, sandboxes: SandboxService, execs: ExecService) -> None:
-    async def running(
+    @asynccontextmanager
+    async def linked(
         principal: Principal, sandbox_id: str, exec_id: str, project: str | None
-    ) -> LiveSandbox:
+    ) -> AsyncIterator[LiveSandbox]:
         check_project(principal, project)
-        sandbox = await sandboxes.running(principal.project_id, sandbox_id)
-        if not is_id(exec_id):
-            raise ExecNotFoundError(exec_id)
-        return sandbox
+        async with sandboxes.linked(principal.project_id, sandbox_id) as sandbox:
+            if not is_id(exec_id):
+                raise ExecNotFoundError(exec_id)
+            yield sandbox
 
     @router.post("/{sandbox_id}/execs/{exec_id}/stdin")
     async def write_stdin(
         sandbox_id: str, exec_id: str, body: StdinBody, principal: CurrentPrincipal
     ) -> StdinOut:
         """Writes to the stdin of an exec that was started with `stdin_open` or `pty`."""
-        sandbox = await running(principal, sandbox_id, exec_id, body.project)
-        size, is_open = await execs.input.write(
-            sandbox, exec_id, body.decoded(), body.offset, close=body.close
-        )
+        async with linked(principal, sandbox_id, exec_id, body.project) as sandbox:
+            size, is_open = await execs.input.write(
+                sandbox, exec_id, body.decoded(), body.offset, close=body.close
+            )
         return StdinOut(exec_id=exec_id, size=size, open=is_open)
 
     @router.post("/{sandbox_id}/execs/{exec_id}/signal")
@@ -154,8 +157,8 @@ def _add_input(router: APIRouter, sandboxes: SandboxService, execs: ExecService)
         sandbox_id: str, exec_id: str, body: SignalBody, principal: CurrentPrincipal
     ) -> SignalOut:
         """To all processes of the exec's group. In a context, SIGINT interrupts the call."""
-        sandbox = await running(principal, sandbox_id, exec_id, body.project)
-        delivered = await execs.input.signal(sandbox, exec_id, body.signal)
+        async with linked(principal, sandbox_id, exec_id, body.project) as sandbox:
+            delivered = await execs.input.signal(sandbox, exec_id, body.signal)
         return SignalOut(exec_id=exec_id, signal=signal.Signals(body.signal).name, delivered=delivered)
 
     @router.post("/{sandbox_id}/execs/{exec_id}/resize")
@@ -163,6 +166,6 @@ def _add_input(router: APIRouter, sandboxes: SandboxService, execs: ExecService)
         sandbox_id: str, exec_id: str, body: ResizeBody, principal: CurrentPrincipal
     ) -> ResizeOut:
         """Sets the size of the terminal of an exec that was started with `pty`."""
-        sandbox = await running(principal, sandbox_id, exec_id, body.project)
-        await execs.input.resize(sandbox, exec_id, body.rows, body.cols)
+        async with linked(principal, sandbox_id, exec_id, body.project) as sandbox:
+            await execs.input.resize(sandbox, exec_id, body.rows, body.cols)
         return ResizeOut(exec_id=exec_id, rows=body.rows, cols=body.cols)

@@ -9,6 +9,7 @@ from typing import Any
 import structlog
 from sqlmodel.ext.asyncio.session import AsyncSession
 
+from sandboxd.agentlink.errors import LinkBrokenError
 from sandboxd.identity import audit, idempotency
 from sandboxd.identity.service import Principal
 from sandboxd.kit.clock import Clock
@@ -17,10 +18,10 @@ from sandboxd.kit.errors import SandboxdError, UnavailableError
 from sandboxd.kit.ids import new_id
 from sandboxd.kit.paging import PageParams
 from sandboxd.runtimes.base import ImageStore, Runtime
-from sandboxd.runtimes.errors import SpecRefusedError
+from sandboxd.runtimes.errors import AgentUnreachableError, SpecRefusedError
 from sandboxd.sandboxes import store
 from sandboxd.sandboxes.admission import Admission
-from sandboxd.sandboxes.errors import SandboxNotFoundError, SandboxNotRunningError
+from sandboxd.sandboxes.errors import SandboxNotFoundError, SandboxNotRunningError, SandboxPausedError
 from sandboxd.sandboxes.events import Events
 from sandboxd.sandboxes.failpoints import FailPoint
 from sandboxd.sandboxes.lifecycle import KEY_SCOPE, Lifecycle
@@ -130,6 +131,19 @@ class SandboxService:
         if row.status == Status.RUNNING:
             raise UnavailableError(f"Sandbox {row.id} is not taken up yet after a restart; try again.")
         raise SandboxNotRunningError(row.id, row.status, row.termination_reason)
+
+    @asynccontextmanager
+    async def linked(self, project_id: str, sandbox_id: str) -> AsyncIterator[LiveSandbox]:
+        """The running sandbox, for a call to its agent. When that breaks because the sandbox has ended or was
+        paused meanwhile, it says so: raises SandboxNotRunningError, SandboxPausedError, too."""
+        live = await self.running(project_id, sandbox_id)
+        try:
+            yield live
+        except (LinkBrokenError, AgentUnreachableError) as error:
+            if live.paused:
+                raise SandboxPausedError(live.id) from error
+            await self.running(project_id, sandbox_id)
+            raise
 
     async def update(self, principal: Principal, sandbox_id: str, changes: Mapping[str, Any]) -> Sandbox:
         """Changes what `changes` names: timeout_s (from now), idle_timeout_s, labels, cpu_mhz,
