@@ -16,8 +16,19 @@ from sandboxd.kit.tasks import TaskOwner
 
 log = structlog.get_logger("sandboxd.http")
 
-# For the `content` of a response that can be a stream.
-EVENT_STREAM: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string"}}}
+# For the `content` of a response that can be a stream: what each event is.
+EVENT_STREAM: dict[str, Any] = {
+    "text/event-stream": {
+        "schema": {
+            "type": "object",
+            "properties": {
+                "id": {"type": "string", "description": "The sequence_number, where one can come back."},
+                "data": {"type": "string", "description": "JSON with type and sequence_number."},
+            },
+            "required": ["data"],
+        }
+    }
+}
 # The type of an event that is none: a comment, so that neither side takes the silence for an end.
 KEEP_ALIVE = ""
 KEEP_ALIVE_BYTES = b": keep-alive\n\n"
