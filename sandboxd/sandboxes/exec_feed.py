@@ -337,6 +337,8 @@ class Feeds:
                 return
             elif feed.fault is not None:
                 raise feed.fault
+            elif feed.unknown:
+                raise UnavailableError("The exec has not started yet, or never will; follow again.")
             else:
                 await feed.wait(at)
             if not feed.ended or at < feed.end:
@@ -412,8 +414,9 @@ class Feeds:
             await self._read(feed)
         except SandboxdError as error:
             feed.fault = error
-        except Exception:
-            feed.fault = UnavailableError("The server failed to follow the exec; follow again.")
+        except (Exception, asyncio.CancelledError):
+            # Cancelled, it made room for another feed while its next follower was on the way.
+            feed.fault = UnavailableError("The server no longer follows the exec; follow again.")
             raise
         finally:
             if not feed.ended:

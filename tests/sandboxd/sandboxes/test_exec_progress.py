@@ -56,8 +56,11 @@ class Agent:
         self.refusal: Exception | None = None
         self.broken = False
         self.held = False
+        self.reachable = asyncio.Event()
+        self.reachable.set()
 
     async def start(self, request: ExecRequest) -> AsyncGenerator[tuple[Event, int]]:
+        await self.reachable.wait()
         if self.refusal is not None:
             raise self.refusal
         known = request.id in self.execs
@@ -579,6 +582,36 @@ async def test_there_is_nothing_to_follow_of_what_is_not_kept(execs, world):
     world.live.remove(world.sandbox.id)
     with pytest.raises(ExecOutputGoneError, match="completed"):
         await follow(execs, world, started["id"])
+
+
+async def test_who_follows_an_exec_before_the_sandbox_knows_it_is_told_to_come_again(execs, world):
+    """Its id is in the list before it starts."""
+
+    async def asked_in_vain() -> None:
+        raise BusyError("asked again and again")
+
+    world.agent.reachable.clear()
+    start = asyncio.ensure_future(execs.start(world.sandbox, NewExec(command="serve", background=True)))
+    while not (listed := await execs.page(world.sandbox.id, PageParams(), "running", alive=True))[0]:
+        await asyncio.sleep(0.01)
+    with pytest.raises(UnavailableError, match="follow again"):
+        await follow(execs, world, listed[0][0].id, allowed=asked_in_vain)
+    world.agent.reachable.set()
+    await start
+    follower = asyncio.ensure_future(follow(execs, world, listed[0][0].id))
+    await world.agent.end()
+    assert (await follower)[-1]["type"] == "exec.completed"
+
+
+async def test_a_follower_whose_feed_is_gone_before_it_reads_is_told_to_come_again(execs, world):
+    started = await execs.start(world.sandbox, NewExec(command="serve", background=True))
+    execs._feeds._linger_s = 0.0
+    chunks = await execs.follow(PROJECT, world.sandbox.id, started["id"], -1, "key", None, alive=True)
+    await eventually(lambda: len(execs._feeds) == 0)
+    with pytest.raises(UnavailableError, match="follow again"):
+        async with asyncio.timeout(5):
+            async for _ in chunks:
+                continue
 
 
 async def test_what_runs_is_listed_at_once_and_by_status(execs, world):
