@@ -50,7 +50,7 @@ class Agent:
     def __init__(self) -> None:
         self.execs: dict[str, list[Event]] = {}
         self.changed = asyncio.Condition()
-        self.starts = self.follows = self.waits = 0
+        self.asked = self.starts = self.follows = self.waits = 0
         self.signals: list[str] = []
         self.timers_asked: list[bool] = []
         self.refusal: Exception | None = None
@@ -60,6 +60,7 @@ class Agent:
         self.reachable.set()
 
     async def start(self, request: ExecRequest) -> AsyncGenerator[tuple[Event, int]]:
+        self.asked += 1
         await self.reachable.wait()
         if self.refusal is not None:
             raise self.refusal
@@ -592,13 +593,13 @@ async def test_who_follows_an_exec_before_the_sandbox_knows_it_is_told_to_come_a
 
     world.agent.reachable.clear()
     start = asyncio.ensure_future(execs.start(world.sandbox, NewExec(command="serve", background=True)))
-    while not (listed := await execs.page(world.sandbox.id, PageParams(), "running", alive=True))[0]:
-        await asyncio.sleep(0.01)
+    await eventually(lambda: world.agent.asked)
+    (listed,), _ = await execs.page(world.sandbox.id, PageParams(), "running", alive=True)
     with pytest.raises(UnavailableError, match="follow again"):
-        await follow(execs, world, listed[0][0].id, allowed=asked_in_vain)
+        await follow(execs, world, listed.id, allowed=asked_in_vain)
     world.agent.reachable.set()
     await start
-    follower = asyncio.ensure_future(follow(execs, world, listed[0][0].id))
+    follower = asyncio.ensure_future(follow(execs, world, listed.id))
     await world.agent.end()
     assert (await follower)[-1]["type"] == "exec.completed"
 
@@ -608,10 +609,9 @@ async def test_a_follower_whose_feed_is_gone_before_it_reads_is_told_to_come_aga
     execs._feeds._linger_s = 0.0
     chunks = await execs.follow(PROJECT, world.sandbox.id, started["id"], -1, "key", None, alive=True)
     await eventually(lambda: len(execs._feeds) == 0)
+    assert told(await anext(chunks))[0] == "exec.started"
     with pytest.raises(UnavailableError, match="follow again"):
-        async with asyncio.timeout(5):
-            async for _ in chunks:
-                continue
+        await asyncio.wait_for(anext(chunks), 5)
 
 
 async def test_what_runs_is_listed_at_once_and_by_status(execs, world):
