@@ -19,6 +19,11 @@ from e80_sdk.results import ExecResult
 from e80_sdk.retries import STREAM_SILENCE_S, Failure, silence_is_broken
 from e80_sdk.transport import Call, Params, Request, Transport
 
+EXEC_SILENCE_S = 3600.0
+"""The longest exec that is waited for when the caller gave no `timeout_s`; the server's own limit ends it
+long before."""
+EXEC_GRACE_S = 30.0
+"""What the server may need beyond the exec's own timeout to end it and answer."""
 END_S = 5.0
 """How long whoever leaves a program waits until it is told to end."""
 END_PATIENCE_S = 2.0
@@ -33,13 +38,21 @@ class ExecApi:
 
     async def run(self, sandbox_id: str, body: Mapping[str, Any], *, key: str | None = None) -> ExecResult:
         """Run code or a command to its end; as with `events`, leaving early ends the program."""
-        result = None
-        async with aclosing(self.events(sandbox_id, body, key=key)) as events:
-            async for event in events:
-                if event["type"] == "exec.completed":
-                    result = ExecResult.from_event(event)
-        assert result is not None  # events() raises when the stream ends without it
-        return result
+        key = key or uuid.uuid4().hex
+        timeout_s = body.get("timeout_s")
+        request = Request(
+            "POST",
+            f"{sandbox_path(sandbox_id)}/exec",
+            body=body,
+            idempotency_key=key,
+            lasting=True,
+            timeout_s=timeout_s + EXEC_GRACE_S if isinstance(timeout_s, int | float) else EXEC_SILENCE_S,
+        )
+        try:
+            return ExecResult.from_body(await self._transport.send(request))
+        except asyncio.CancelledError:
+            await undisturbed(self._leave(sandbox_id, body, key))
+            raise
 
     async def events(
         self, sandbox_id: str, body: Mapping[str, Any], *, key: str | None = None
@@ -137,6 +150,14 @@ class ExecApi:
         """Give a program's terminal another size."""
         path = f"{_exec_path(sandbox_id, exec_id)}/resize"
         await self._transport.send(Request("POST", path, body={"rows": rows, "cols": cols}, idempotent=True))
+
+    async def _leave(self, sandbox_id: str, body: Mapping[str, Any], key: str) -> None:
+        """End a program whose id nobody has told yet: asked again by its key, the server tells it at once."""
+        try:
+            async with asyncio.timeout(END_S), aclosing(self.events(sandbox_id, body, key=key)) as events:
+                await anext(events, None)
+        except (E80Error, TimeoutError) as exc:
+            _log.info("a program in %s was left and could not be told to end: %s", sandbox_id, exc)
 
     async def _end(self, sandbox_id: str, exec_id: str, signal: str) -> None:
         """End a program that nobody waits for any more. The server does it too when this fails, a little

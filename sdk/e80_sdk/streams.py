@@ -113,6 +113,8 @@ def run_pending(
 
     async def follow(emit: Emit | None) -> ExecResult:
         async with turn or nullcontext():
+            if emit is None and program.on_chunk is None:
+                return await execs.run(sandbox_id, program.body, key=program.key)
             return await _follow(execs.events(sandbox_id, program.body, key=program.key), program, emit)
 
     if stream:
