@@ -25,6 +25,7 @@ from sandboxd.kit.ids import ID_PATTERN, new_id
 from sandboxd.kit.metrics import Metrics
 from sandboxd.kit.origin import Origin, current_origin
 from sandboxd.kit.paging import DEFAULT_LIMIT, MAX_LIMIT, PageParams
+from sandboxd.kit.stalled import receiving
 
 log = structlog.get_logger("sandboxd.http")
 
@@ -223,7 +224,9 @@ class RequestMiddleware:
             if refusal is not None:
                 await error_response(refusal)(scope, receive, send_with_id)
             else:
-                await self.app(scope, self._limited(scope, receive, content_length), send_with_id)
+                await self.app(
+                    scope, receiving(scope, self._limited(scope, receive, content_length)), send_with_id
+                )
         except asyncio.CancelledError:
             if not self.drain.cancelled:
                 raise

@@ -12,6 +12,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from sandboxd.kit.errors import SandboxdError
 from sandboxd.kit.http import dump, error_body, internal_message, interrupted
+from sandboxd.kit.stalled import ABORT, STALLED_S, cut_of
 from sandboxd.kit.tasks import TaskOwner
 
 log = structlog.get_logger("sandboxd.http")
@@ -33,14 +34,11 @@ EVENT_STREAM: dict[str, Any] = {
 KEEP_ALIVE = ""
 KEEP_ALIVE_BYTES = b": keep-alive\n\n"
 KEEP_ALIVE_S = 15.0
-# A client that takes nothing for so long is cut off; it can come back.
-STALLED_S = 300.0
 # What is written at once. With what the connection holds at most before it asks to wait, this is all that a
 # client that does not read keeps in memory: less than 64 KiB.
 SLICE = 8 * 1024
 WRITE_BUFFER = 8 * 1024
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-_ABORT = "sandboxd.abort"
 
 Events = AsyncGenerator[tuple[str, Mapping[str, Any]]]
 Chunks = AsyncGenerator[bytes | memoryview]
@@ -55,7 +53,7 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self.scope["extensions"] = {_ABORT: self.transport.abort}  # type: ignore[dict-item]  # our own
+        self.scope["extensions"] = {ABORT: self.transport.abort}  # type: ignore[dict-item]  # our own
 
 
 def sse_event(type: str, sequence_number: int, /, **data: Any) -> bytes:
@@ -142,7 +140,7 @@ class EventStream(StreamingResponse):
         self._cut_off: Callable[[], None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._cut_off = scope.get("extensions", {}).get(_ABORT)
+        self._cut_off = cut_of(scope)
         await super().__call__(scope, receive, send)
 
     async def stream_response(self, send: Send) -> None:

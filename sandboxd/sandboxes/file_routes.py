@@ -18,6 +18,7 @@ from sandboxd.identity.service import IdentityService, Principal, check_project
 from sandboxd.kit.errors import SandboxdError
 from sandboxd.kit.http import BrokenAnswerError, known_query_only
 from sandboxd.kit.sse import EVENT_STREAM, sse_response
+from sandboxd.kit.stalled import sending
 from sandboxd.sandboxes.file_schemas import (
     DEFAULT_LIST,
     MAX_LIST,
@@ -279,7 +280,7 @@ class _Download(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, sending(scope, send))
         finally:
             await self._close()
 
