@@ -65,23 +65,17 @@ class ExecApi:
         Raises:
             ConnectionLostError: The stream ended before the result, and could not be taken up again.
         """
-        request = Request(
-            "POST",
-            f"{sandbox_path(sandbox_id)}/exec",
-            body={**body, "stream": True},
-            idempotency_key=key or uuid.uuid4().hex,
-            lasting=True,
-            timeout_s=STREAM_SILENCE_S,
-        )
-        telling = _Telling(self._transport.call(request), sandbox_id)
+        key = key or uuid.uuid4().hex
+        telling = self._telling(sandbox_id, body, key)
         try:
             async with aclosing(telling.events()) as events:
                 async for event in events:
                     yield event
         except (GeneratorExit, asyncio.CancelledError):
-            if telling.exec_id is not None and not telling.ended:
-                signal = "SIGKILL" if body.get("context") is None else "SIGINT"
-                await undisturbed(self._end(sandbox_id, telling.exec_id, signal))
+            if telling.exec_id is None:
+                await undisturbed(self._leave(sandbox_id, body, key))
+            elif not telling.ended:
+                await undisturbed(self._end(sandbox_id, body, telling.exec_id))
             raise
 
     async def follow(
@@ -151,17 +145,32 @@ class ExecApi:
         path = f"{_exec_path(sandbox_id, exec_id)}/resize"
         await self._transport.send(Request("POST", path, body={"rows": rows, "cols": cols}, idempotent=True))
 
+    def _telling(self, sandbox_id: str, body: Mapping[str, Any], key: str) -> _Telling:
+        request = Request(
+            "POST",
+            f"{sandbox_path(sandbox_id)}/exec",
+            body={**body, "stream": True},
+            idempotency_key=key,
+            lasting=True,
+            timeout_s=STREAM_SILENCE_S,
+        )
+        return _Telling(self._transport.call(request), sandbox_id)
+
     async def _leave(self, sandbox_id: str, body: Mapping[str, Any], key: str) -> None:
         """End a program whose id nobody has told yet: asked again by its key, the server tells it at once."""
+        telling = self._telling(sandbox_id, body, key)
         try:
-            async with asyncio.timeout(END_S), aclosing(self.events(sandbox_id, body, key=key)) as events:
+            async with asyncio.timeout(END_S), aclosing(telling.events()) as events:
                 await anext(events, None)
         except (E80Error, TimeoutError) as exc:
             _log.info("a program in %s was left and could not be told to end: %s", sandbox_id, exc)
+        if telling.exec_id is not None and not telling.ended:
+            await self._end(sandbox_id, body, telling.exec_id)
 
-    async def _end(self, sandbox_id: str, exec_id: str, signal: str) -> None:
+    async def _end(self, sandbox_id: str, body: Mapping[str, Any], exec_id: str) -> None:
         """End a program that nobody waits for any more. The server does it too when this fails, a little
         later."""
+        signal = "SIGKILL" if body.get("context") is None else "SIGINT"
         request = _signal_request(sandbox_id, exec_id, signal, idempotent=True, patience_s=END_PATIENCE_S)
         try:
             async with asyncio.timeout(END_S):

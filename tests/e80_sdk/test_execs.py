@@ -191,6 +191,23 @@ async def test_who_is_cancelled_ends_the_program_at_once(fake: FakeServer) -> No
     await until(lambda: not fake.programs)
 
 
+async def test_who_leaves_a_stream_before_it_tells_anything_ends_the_program_at_once(
+    fake: FakeServer,
+) -> None:
+    """The request is on its way, and the id of what it starts is not known yet."""
+    fake.retry_grace_s = 60
+    api = make_api(fake)
+    info = await api.create({})
+    fake.faults.append(Fault("POST", "/exec", 0, after=True))
+    asked = asyncio.create_task(anext(api.execs.events(info.id, {"command": "sleep 30"})))
+    await until(lambda: fake.programs)
+    asked.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asked
+    await until(lambda: not fake.programs)
+    assert [run.signals for run in fake.execs.values()] == [["SIGKILL"]]
+
+
 async def test_leaving_code_in_a_context_interrupts_it_and_keeps_the_context(fake: FakeServer) -> None:
     api = make_api(fake)
     info = await api.create({})
