@@ -46,9 +46,11 @@ class Bash:
                 pass_fds=[_TELL_FD],
                 start_new_session=True,  # an interrupt is for the shell and what it waits for
             )
-        except OSError as error:
+        except (FileNotFoundError, PermissionError) as error:
             message = "contexts of bash need bash, which this image does not have (%s)" % error.strerror
             raise serve.Unsupported("unknown_language", message) from error
+        except OSError as error:
+            raise serve.Unsupported("start_failed", "bash: %s" % error.strerror) from error
         os.close(_TELL_FD)
         self._running = False
         signal.signal(signal.SIGINT, self._interrupted)

@@ -95,3 +95,27 @@ def test_what_no_process_of_ours_says_ends_the_context_and_nothing_else(attacker
     result = attacker.run(CHANNEL + said + "\ntime.sleep(20)", context=context)
     assert (result["status"], result["signal"]) == ("failed", "SIGKILL")
     assert attacker.run("print(1)")["stdout"] == "1\n"
+
+
+def test_no_process_left_is_no_want_of_bash(attacker):
+    """A context that finds no process left says so, and that it may be tried again: not that there is no
+    bash."""
+    hog = """
+import os, time
+try:
+    while os.fork():
+        pass
+except OSError:
+    print("full", flush=True)
+time.sleep(60)
+"""
+    url = f"/v1/sandboxes/{attacker.id}"
+    hogging = attacker.exec(command=["python3", "-c", hog], background=True).json()["id"]
+    try:
+        with attacker.client.stream("GET", f"{url}/execs/{hogging}/events") as events:
+            assert any("full" in line for line in events.iter_lines())
+        made = attacker.client.post(f"{url}/contexts", json={"language": "bash"})
+        assert made.status_code == 429, made.text
+    finally:
+        attacker.client.post(f"{url}/execs/{hogging}/signal", json={"signal": "SIGKILL"})
+    attacker.assert_answers()
