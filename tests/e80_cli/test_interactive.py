@@ -260,9 +260,11 @@ def test_a_program_that_is_left_running(cli: Cli, box: str) -> None:
 
 
 def test_whoever_follows_may_leave(cli: Cli, box: str) -> None:
-    exec_id = cli("sandbox", "exec", "-d", box, "--", "sleep", "1000").stdout.decode().strip()
+    command = ("bash", "-c", "echo on; exec sleep 1000")
+    exec_id = cli("sandbox", "exec", "-d", box, "--", *command).stdout.decode().strip()
     following = cli.start("sandbox", "logs", "-f", box, exec_id)
-    time.sleep(0.7)
+    assert following.stdout is not None
+    assert following.stdout.read(3) == b"on\n"
     following.send_signal(signal.SIGINT)
     following.communicate(timeout=20)
     assert following.returncode == 130

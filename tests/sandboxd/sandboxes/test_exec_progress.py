@@ -494,14 +494,18 @@ async def follow(
     return [json.loads(line[6:]) async for _, chunk in chunks for line in chunk.decode().splitlines()[1::3]]
 
 
+async def following(execs: ExecService, count: int) -> None:
+    await eventually(lambda: execs._feeds._followers.total() == count)
+
+
 async def test_followers_share_one_reading_and_come_in_anywhere(execs, world):
     started = await execs.start(world.sandbox, NewExec(command="serve", background=True))
     followers = [asyncio.ensure_future(follow(execs, world, started["id"])) for _ in range(50)]
-    await asyncio.sleep(0.1)
+    await following(execs, 50)
     before = world.agent.follows
     await world.agent.say(started["id"], Output(True, b"more"))
     late = asyncio.ensure_future(follow(execs, world, started["id"], after=100))
-    await asyncio.sleep(0.05)
+    await following(execs, 51)
     await world.agent.end()
     for follower in followers:
         told = await follower
@@ -517,7 +521,7 @@ async def test_an_exec_with_a_key_goes_on_while_somebody_follows_its_events(exec
     events = await begin(execs, world, "key")
     (exec_id,) = world.agent.execs
     follower = asyncio.ensure_future(follow(execs, world, exec_id))
-    await asyncio.sleep(0.05)
+    await following(execs, 1)
     await events.aclose()
     await asyncio.sleep(GRACE_S * 3)
     assert world.agent.signals == []
@@ -529,7 +533,7 @@ async def test_a_follower_keeps_no_exec_alive_that_was_left_for_good(execs, worl
     events = await begin(execs, world, None)
     (exec_id,) = world.agent.execs
     follower = asyncio.ensure_future(follow(execs, world, exec_id))
-    await asyncio.sleep(0.05)
+    await following(execs, 1)
     await events.aclose()
     assert (await follower)[-1]["exec"]["status"] == "killed"
 
