@@ -128,8 +128,8 @@ def test_nothing_that_is_opened_can_hold_a_request_up(arena, attacker):
 
 
 def test_a_folder_that_is_swapped_for_a_link_leads_nowhere_new(arena, attacker):
-    """While a tree is deleted, packed and written to, the tenant swaps a folder for a link to elsewhere. All is
-    done with the tenant's own rights, so there is nothing to win: what only root may is untouched."""
+    """While a tree is deleted, packed and written to, the tenant swaps a folder for a link to elsewhere. All
+    is done with the tenant's own rights, so there is nothing to win: what only root may is untouched."""
     swap = (
         "import os, time\nos.makedirs('race/a', exist_ok=True)\nend = time.time() + 2\n"
         "while time.time() < end:\n"
