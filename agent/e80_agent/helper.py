@@ -167,6 +167,21 @@ def open_folder(path: Any, folder: Any = None, flags: int = 0) -> int:
     return fd
 
 
+def make_folders(path: bytes) -> None:
+    """Makes a folder and those above it that are missing, however deep; behind a link that leads nowhere
+    nothing is made, as the kernel has it."""
+    missing = []
+    while path not in (b"", b"/") and not os.path.isdir(path):
+        missing.append(path)
+        path = os.path.dirname(path.rstrip(b"/"))
+    for folder in reversed(missing):
+        try:
+            os.mkdir(folder)
+        except FileExistsError:
+            if not os.path.isdir(folder):
+                raise Refused("not_directory", "it, or a part of the path, is not a directory") from None
+
+
 def require_regular(facts: os.stat_result) -> None:
     if stat.S_ISDIR(facts.st_mode):
         raise Refused("is_directory", "it is a directory")

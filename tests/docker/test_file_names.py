@@ -254,6 +254,20 @@ def test_delete(files):
     assert code(files.delete("path=/etc/passwd")) in [(403, "file_forbidden"), (409, "busy")]
 
 
+@pytest.mark.parametrize("what", ["put", "archive", "mkdir"])
+def test_missing_folders_are_made_as_deep_as_a_path_can(files, what):
+    folder = "d/" * 2000
+    if what == "put":
+        files.put(f"path={folder}end", b"deep")
+        assert files.get("", f"path={folder}end").content == b"deep"
+    elif what == "mkdir":
+        assert files.post("mkdir", path=folder).status_code == 201
+    else:
+        answer = files.client.put(f"{files.base}/files/archive?path={folder}", content=bytes(1024))
+        assert answer.status_code == 200, answer.text
+    assert files.get("/stat", f"path={folder}").json()["type"] == "directory"
+
+
 def test_delete_goes_as_deep_as_a_tree_can(files):
     code = (
         "import os\nfor _ in range(3000):\n    os.mkdir('deep'); os.chdir('deep')\nopen('end', 'w').close()"

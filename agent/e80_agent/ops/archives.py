@@ -15,6 +15,7 @@ from e80_agent.helper import (
     Refused,
     Reply,
     in_child,
+    make_folders,
     open_folder,
     open_regular,
     path_of,
@@ -142,10 +143,7 @@ class _Out:
 
 
 def _unpack(reply: Reply, body: Body, path: bytes) -> None:
-    try:
-        os.makedirs(path, exist_ok=True)
-    except FileExistsError:
-        raise Refused("not_directory", "it, or a part of the path, is not a directory") from None
+    make_folders(path)
     target = _Target(open_folder(path))
     name = b""
     try:

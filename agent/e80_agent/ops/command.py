@@ -21,6 +21,11 @@ _START_ERRORS = {
     errno.EACCES: "command_not_executable",
     errno.E2BIG: "bad_request",
     errno.ENOEXEC: "command_not_executable",
+    errno.ENOTDIR: "command_not_found",
+    errno.ENAMETOOLONG: "command_not_found",
+    errno.ELOOP: "command_not_found",
+    errno.EPERM: "command_not_executable",
+    errno.ETXTBSY: "command_not_executable",
 }
 
 _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -168,4 +173,4 @@ def _start_fault(failed_r: int, argv: List[str], cwd: str) -> Optional[Dict[str,
     if step == b"cwd":
         return {"code": "cwd_not_found", "message": "cwd %r: %s" % (cwd, reason)}
     code = _START_ERRORS.get(int(number), "start_failed") if step == b"exec" else "start_failed"
-    return {"code": code, "message": "%r: %s" % (argv[0], reason)}
+    return {"code": code, "message": "%r: %s" % (argv[0][:200], reason)}

@@ -13,6 +13,7 @@ from e80_agent.helper import (
     Refused,
     Reply,
     in_child,
+    make_folders,
     mode_of,
     open_regular,
     path_of,
@@ -125,10 +126,7 @@ def _write_file(reply: Reply, body: Body, path: bytes, mode: Optional[int]) -> N
         require_regular(facts)
         if mode is None:
             mode = stat.S_IMODE(facts.st_mode)
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except FileExistsError:
-        raise Refused("not_directory", "a part of the path is not a directory") from None
+    make_folders(folder)
     parent = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     size = 0
     with NewFile(parent, name, 0o644 if mode is None else mode) as made:

@@ -15,6 +15,7 @@ from e80_agent.helper import (
     Reply,
     forbid_self,
     in_child,
+    make_folders,
     mode_of,
     open_folder,
     path_of,
@@ -117,7 +118,7 @@ def _make_folder(reply: Reply, path: bytes, parents: bool, mode: Optional[int]) 
     created = True
     try:
         if parents:
-            _make_parents(os.path.dirname(path))
+            make_folders(os.path.dirname(path))
         os.mkdir(path)
     except FileExistsError:
         if not os.path.isdir(path):
@@ -126,13 +127,6 @@ def _make_folder(reply: Reply, path: bytes, parents: bool, mode: Optional[int]) 
     if created and mode is not None:
         os.chmod(path, mode)
     reply.head(created=created, entry=_stat(path, follow=True))
-
-
-def _make_parents(path: bytes) -> None:
-    try:
-        os.makedirs(path, exist_ok=True)
-    except FileExistsError:
-        raise Refused("not_directory", "a part of the path is not a directory") from None
 
 
 def _move(path: bytes, target: bytes, overwrite: bool) -> Dict[str, Any]:
