@@ -7,6 +7,7 @@ from weakref import WeakValueDictionary
 from sandboxd.agentlink.errors import AgentRefusedError
 from sandboxd.kit.clock import Clock
 from sandboxd.sandboxes.errors import (
+    BusyError,
     ExecNotFoundError,
     NoTerminalError,
     StdinClosedError,
@@ -22,6 +23,10 @@ SIGNALS = {name.removeprefix("SIG"): int(number) for name, number in signal.Sign
 # A program that takes no input for so long does not read.
 STDIN_TIMEOUT_S = 10.0
 _PIECE = 256 * 1024
+# What requests that write to programs of one sandbox may hold in memory, and what each costs beside its data:
+# they wait for each other, and for programs that do not read.
+MAX_WAITING_BYTES = 32 * 1024 * 1024
+_WRITER_BYTES = 64 * 1024
 
 
 class ExecInput:
@@ -44,10 +49,16 @@ class ExecInput:
     ) -> tuple[int, bool]:
         """Hands `data` on to stdin, all of it or StdinFullError; how many bytes it was given by now, and
         whether it is still open. `offset` is where `data` begins in all of stdin: what came before is
-        skipped."""
+        skipped. Raises BusyError."""
         turn = self._turns.get(exec_id)
         if turn is None:
             turn = self._turns[exec_id] = asyncio.Lock()
+        cost = len(data) + _WRITER_BYTES
+        if sandbox.input_bytes + cost > MAX_WAITING_BYTES:
+            raise BusyError(
+                f"Requests with {sandbox.input_bytes} bytes of input for sandbox {sandbox.id} wait"
+            )
+        sandbox.input_bytes += cost
         try:
             async with turn:
                 return await self._write(sandbox, exec_id, data, offset, close)
@@ -56,6 +67,8 @@ class ExecInput:
                 raise StdinClosedError(exec_id, "it was closed, or never open") from error
             await self._check_known(sandbox, exec_id, error)
             raise StdinClosedError(exec_id, "the exec has ended") from error
+        finally:
+            sandbox.input_bytes -= cost
 
     async def signal(self, sandbox: LiveSandbox, exec_id: str, number: int) -> bool:
         """Sends a signal; False for an exec that has ended."""

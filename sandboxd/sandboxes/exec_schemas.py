@@ -183,9 +183,8 @@ def _signal(value: object) -> int:
     if isinstance(value, str):
         name = value.upper()
         number = SIGNALS.get(name.removeprefix("SIG"))
-    if isinstance(number, bool) or number not in SIGNALS.values():
+    if type(number) is not int or number not in SIGNALS.values():
         raise ValueError("must be a signal's name or number: 'SIGTERM', 'TERM' or 15")
-    assert isinstance(number, int)
     return number
 
 

@@ -39,6 +39,8 @@ class LiveSandbox:
     # link has connections.
     file_places: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_FILE_OPERATIONS))
     watches: int = 0
+    # What requests hold that write to programs in it.
+    input_bytes: int = 0
     # Held by what changes the sandbox in several steps: limits, pause, resume.
     changing: asyncio.Lock = field(default_factory=asyncio.Lock)
 

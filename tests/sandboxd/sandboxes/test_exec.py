@@ -270,7 +270,7 @@ def test_a_signal_has_many_names(value: object) -> None:
     assert SignalBody(signal=value).signal == 15  # type: ignore[arg-type]  # as it comes
 
 
-@pytest.mark.parametrize("value", ["FOO", "", 0, 65, -1, True, None, 1.5])
+@pytest.mark.parametrize("value", ["FOO", "", 0, 65, -1, True, None, 1.5, 15.0])
 def test_what_is_no_signal(value: object) -> None:
     with pytest.raises(ValidationError, match="must be a signal's name or number"):
         SignalBody(signal=value)  # type: ignore[arg-type]  # as it comes
@@ -331,3 +331,11 @@ async def test_a_program_that_does_not_read_is_said_to_be_full(db: Database) -> 
     sandbox = live_sandbox(Reader(step=4, most=6))
     with pytest.raises(StdinFullError, match="6 bytes of 'data' were taken, 6 in all"):
         await input_of(db).write(sandbox, "exec_1", b"0123456789", None, close=True)
+
+
+async def test_what_waits_for_programs_to_read_is_bounded(db: Database) -> None:
+    sandbox, writer = live_sandbox(Reader(step=4, most=6)), input_of(db)
+    writes = [writer.write(sandbox, "exec_1", bytes(8 * 1024 * 1024), None, close=False) for _ in range(5)]
+    ends = await asyncio.gather(*writes, return_exceptions=True)
+    assert [type(end) for end in ends] == [StdinFullError] * 3 + [BusyError] * 2
+    assert sandbox.input_bytes == 0
