@@ -167,7 +167,9 @@ class FileApi:
         except (ConnectionLostError, UnavailableError):
             try:
                 await self._transport.send(replace(request, idempotent=True))
-            except NotFoundError:
+            except NotFoundError as exc:
+                if exc.code != "file_not_found":
+                    raise
                 return  # it was removed, and the answer got lost
 
     async def watch(

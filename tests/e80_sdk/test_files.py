@@ -165,6 +165,11 @@ def test_a_removal_whose_answer_was_lost_is_no_error(login: FakeServer) -> None:
         sandbox.files.remove("f")
         with pytest.raises(NotFoundError):
             sandbox.files.remove("f")
+        # Without its sandbox nobody knows whether it was removed.
+        gone = {"error": {"message": "no sandbox", "type": "x", "param": None, "code": "sandbox_not_found"}}
+        login.faults += [Fault("DELETE", "/files", 0), Fault("DELETE", "/files", 404, body=gone)]
+        with pytest.raises(NotFoundError, match="no sandbox"):
+            sandbox.files.remove("f")
 
 
 def test_a_folder_whose_archive_breaks_comes_from_its_start(login: FakeServer, tmp_path: Path) -> None:
