@@ -183,7 +183,7 @@ class _daemon:
             # A pool would start containers that most tests have no use for.
             SANDBOXD_POOL_MAX="0",
             # Limits count per uid of the host: another installation's sandboxes must not share ours.
-            SANDBOXD_FIRST_UID=str(1_000_000 + os.getpid() % 32768 * 10_000 + next(_daemons) % 10 * 1000),
+            SANDBOXD_FIRST_UID=str(1_000_000 + os.getpid() % 32768 * 100_000 + next(_daemons) % 10 * 1000),
             SANDBOXD_DOCKER_URL=os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock"),
         )
         env.update(self.settings)

@@ -32,7 +32,7 @@ MAX_BODY = 16 * 1024 * 1024
 MAX_RECORD = 1024 * 1024
 MAX_RESULT = 4 * 1024 * 1024  # of a RECORD_RESULT; every other record is within MAX_RECORD
 MAX_ERROR = 256 * 1024
-MAX_CONNECTIONS = 64
+MAX_CONNECTIONS = 128
 
 LENGTH = struct.Struct(">I")
 RECORD = struct.Struct(">BI")

@@ -33,7 +33,7 @@ log = structlog.get_logger(__name__)
 MAX_EXEC_FOLLOWERS = 256
 MAX_PROJECT_FOLLOWERS = 512
 MAX_FOLLOWERS = 2048
-# Each feed takes a connection to its sandbox's agent, which has 64 for everything; only those of execs that
+# Each feed takes a connection to its sandbox's agent, which are bounded; only those of execs that
 # go on by themselves replace another one.
 MAX_SANDBOX_FEEDS = 8
 MAX_PROJECT_FEEDS = 64
@@ -289,11 +289,11 @@ class Feeds:
         Raises UnavailableError when the daemon stops, and what `allowed` raises, which is asked now and
         then whether the followers with this key still may."""
         project_id = str(feed.sandbox.project_id)
+        # Once more: others may have come since it was opened.
+        self._check_followers(project_id, feed)
         self._join(feed)
         self._followers[project_id] += 1
         try:
-            if feed.followers > MAX_EXEC_FOLLOWERS:
-                raise FollowersError(f"{MAX_EXEC_FOLLOWERS} clients follow exec {feed.run.id}, the limit")
             permission = self._permissions.get(key_id)
             if permission is None:
                 permission = self._permissions[key_id] = Permission(allowed)
@@ -355,13 +355,16 @@ class Feeds:
             for feed in list(self._feeds.values()):
                 feed.wake()
 
-    def _check_room(self, project_id: str, feed: Feed | None, sandbox: LiveSandbox, run: Run) -> None:
+    def _check_followers(self, project_id: str, feed: Feed | None) -> None:
         if feed is not None and feed.followers >= MAX_EXEC_FOLLOWERS:
-            raise FollowersError(f"{MAX_EXEC_FOLLOWERS} clients follow exec {run.id}, the limit")
+            raise FollowersError(f"{MAX_EXEC_FOLLOWERS} clients follow exec {feed.run.id}, the limit")
         if self._followers[project_id] >= MAX_PROJECT_FOLLOWERS:
             raise FollowersError(f"{MAX_PROJECT_FOLLOWERS} clients of the project follow execs, the limit")
         if self._followers.total() >= MAX_FOLLOWERS:
             raise FollowersError(f"{MAX_FOLLOWERS} clients follow execs already, the limit")
+
+    def _check_room(self, project_id: str, feed: Feed | None, sandbox: LiveSandbox, run: Run) -> None:
+        self._check_followers(project_id, feed)
         if feed is not None:
             return
         if not run.background and not self._has_room(

@@ -35,8 +35,8 @@ class LiveSandbox:
     bytes_in: int = 0
     bytes_out: int = 0
     execs_ended: int = 0
-    # Places for what is done to its files, and for watches, which last. With the execs at most as many as the
-    # link has connections.
+    # Places for what is done to its files, and for watches, which last. With the execs and the
+    # feeds they are fewer than the link has connections.
     file_places: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_FILE_OPERATIONS))
     watches: int = 0
     # What requests hold that write to programs in it.

@@ -230,6 +230,7 @@ def test_a_stream_that_broke_goes_on_where_it_stopped(client, sandbox_id):
 
 
 def test_a_pause_is_waited_out_and_a_stop_ends_it(client):
+    """A sandbox that ends says so, to who follows and to who asks later (e2b-dev/E2B#1381: it was "not found")."""
     sandbox_id = client.post("/v1/sandboxes", json={}).json()["id"]
     path = start(client, sandbox_id, command="for i in $(seq 1000); do echo $i; sleep 0.1; done")
     with client.stream("GET", f"{path}/events") as stream:
@@ -245,6 +246,8 @@ def test_a_pause_is_waited_out_and_a_stop_ends_it(client):
     assert len(lines) >= 7
     assert (told[-1]["type"], told[-1]["exec"]["status"]) == ("exec.completed", "killed")
     assert told[-1]["exec"]["stdout"] == text(told)
+    ended = client.get(f"/v1/sandboxes/{sandbox_id}").json()
+    assert (ended["status"], ended["termination_reason"]) == ("stopped", "user")
     gone = client.get(f"{path}/events")
     assert (gone.status_code, gone.json()["error"]["code"]) == (404, "exec_output_gone")
 

@@ -6,13 +6,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from e80_agent import protocol
 
 from sandboxd.agentlink.errors import AgentRefusedError, LinkBrokenError
 from sandboxd.kit.errors import ConflictError, SandboxdError
+from sandboxd.kit.settings import Settings
 from sandboxd.sandboxes import files
 from sandboxd.sandboxes.errors import FilesBusyError, SandboxNotRunningError
+from sandboxd.sandboxes.exec_feed import MAX_SANDBOX_FEEDS
 from sandboxd.sandboxes.files import FileService, Target
-from sandboxd.sandboxes.live import MAX_FILE_OPERATIONS
+from sandboxd.sandboxes.live import MAX_FILE_OPERATIONS, MAX_WATCHES
 
 TARGET = Target("proj_1", "sbx_1", b"a\xff")
 
@@ -122,3 +125,10 @@ async def test_operations_beyond_the_places_wait_and_are_refused_at_last(monkeyp
     free.set()
     # The one that waited for a place has got it.
     assert await asyncio.gather(*running) == [(1, True)] * (MAX_FILE_OPERATIONS + 1)
+
+
+def test_what_holds_connections_for_long_leaves_some_for_calls():
+    """A sandbox at all of its limits still answers, say to a signal that is to end what fills it."""
+    most_execs = max(item.le for item in Settings.model_fields["max_execs"].metadata if hasattr(item, "le"))
+    lasting = most_execs + MAX_FILE_OPERATIONS + MAX_WATCHES + MAX_SANDBOX_FEEDS
+    assert lasting + 32 < protocol.MAX_CONNECTIONS
