@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shlex
 from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack, overload
@@ -32,6 +33,8 @@ from e80_sdk.results import ExecResult, SandboxInfo
 from e80_sdk.streams import ExecStream, iterate, run_blocking, run_pending
 
 STOP_TIMEOUT_S = 20.0
+TITLE_LENGTH = 200
+"""What the server, too, keeps of a program for lists."""
 _log = logging.getLogger("e80_sdk")
 
 
@@ -436,7 +439,12 @@ async def stop_quietly(api: SandboxApi, sandbox: AsyncSandbox | Sandbox) -> None
 async def started(api: SandboxApi, sandbox_id: str, program: Program) -> ProcessCore:
     """A program in the background."""
     result = await api.execs.start(sandbox_id, program.body, key=program.key)
-    return ProcessCore(api.execs, sandbox_id, result.id, ExecInfo.from_body(result.raw))
+    # The answer does not repeat what was sent.
+    kind = "code" if "code" in program.body else "command"
+    text = program.body[kind]
+    title = text if isinstance(text, str) else shlex.join(text)
+    info = ExecInfo.from_body({**result.raw, "kind": kind, "title": title[:TITLE_LENGTH]})
+    return ProcessCore(api.execs, sandbox_id, result.id, info)
 
 
 async def running(api: SandboxApi, sandbox_id: str) -> list[ProcessCore]:

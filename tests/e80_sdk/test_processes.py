@@ -150,7 +150,9 @@ def test_a_server_in_the_background(real_sandbox: Sandbox) -> None:
     assert server.poll() is None
     assert server.result().stdout == "listening\n"
     assert [one.id for one in real_sandbox.processes()] == [server.id]
-    assert (real_sandbox.processes()[0].info or server.info).title.startswith("trap")  # type: ignore[union-attr]
+    for info in (server.info, real_sandbox.processes()[0].info):
+        assert info is not None
+        assert (info.kind, (info.title or "").startswith("trap")) == ("command", True)
     assert server.send_signal("SIGTERM")
     assert [str(chunk) for chunk in server if chunk.stream == "stdout"] == ["bye\n"]
     result = server.wait(timeout_s=10)
