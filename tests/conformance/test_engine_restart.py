@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator
@@ -25,6 +26,13 @@ pytestmark = [
 
 COUNT = "import time\nfor i in range(60): print(i, flush=True); time.sleep(0.05)"
 COUNTED = b"".join(b"%d\n" % i for i in range(60))
+
+
+@pytest.fixture(autouse=True)
+def collected() -> Iterator[None]:
+    """What was left to the collector goes here, not in the middle of a test that does not expect it."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="module")

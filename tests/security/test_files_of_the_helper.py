@@ -124,6 +124,8 @@ def test_nothing_that_is_opened_can_hold_a_request_up(arena, attacker):
     assert (got.status_code, b"pipe" in got.content) == (200, False)
     named = base64.b64encode(b"pipe").decode()
     assert arena.client.post(f"{base}/chmod", json={"path_base64": named, "mode": "600"}).status_code == 200
+    # Whoever looks through the home after this must not wait for a writer.
+    attacker.run("import os\nos.remove('pipe')\nos.remove('d/pipe')")
     arena.assert_unharmed()
 
 
