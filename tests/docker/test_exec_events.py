@@ -230,7 +230,7 @@ def test_a_stream_that_broke_goes_on_where_it_stopped(client, sandbox_id):
 
 
 def test_a_pause_is_waited_out_and_a_stop_ends_it(client):
-    """A sandbox that ends says so, to who follows and to who asks later (e2b-dev/E2B#1381: it was "not found")."""
+    """A sandbox that ends says so to who follows, and later, too (e2b-dev/E2B#1381: it was "not found")."""
     sandbox_id = client.post("/v1/sandboxes", json={}).json()["id"]
     path = start(client, sandbox_id, command="for i in $(seq 1000); do echo $i; sleep 0.1; done")
     with client.stream("GET", f"{path}/events") as stream:
