@@ -130,7 +130,7 @@ def test_folders_below_are_watched_when_asked_for_also_those_made_later(files):
 def test_events_that_were_lost_are_an_event(files):
     files.run("mkdir d")
     flood = (
-        "import os\nfor n in range(40000):\n"
+        "import os\nfor n in range(150_000):\n"
         "    os.close(os.open(f'd/{n % 50}', os.O_CREAT)); os.unlink(f'd/{n % 50}')"
     )
     with files.client.stream("GET", f"{files.base}/files/watch?path=d") as response:
